@@ -1,0 +1,244 @@
+"""What a stage returns, and how its output folder becomes whole.
+
+A stage writes into a temporary sibling of its output folder, adds `record.json` last, fsyncs and renames: a record
+that exists means that the output is whole. Reading one back checks that every file is still there at its size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from wan_core.config import Stage, identity
+
+RECORD_NAME = "record.json"
+# Bumped by hand when a stage's meaning changes, so that old outputs are not taken for new ones.
+CODE_VERSIONS: dict[Stage, int] = {
+    "encode": 1, "shard": 1, "index": 1, "train": 1, "convert": 1, "sample": 1, "evaluate": 1,
+}  # fmt: skip
+VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "megatron-core", "megatron-bridge", "megatron-energon")
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(stage: Stage, config: Any, **inputs: Any) -> str:
+    """A stage's identity: its code version, the identity fields of its config, and its inputs' fingerprints."""
+    return digest({"stage": stage, "code": CODE_VERSIONS[stage], "config": identity(config), "inputs": inputs})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Common part of every stage's record."""
+
+    stage: Stage
+    path: Path  # the output folder
+    fingerprint: str
+    config: dict[str, Any]
+    files: dict[str, int] = field(default_factory=dict)  # path relative to the folder -> bytes
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord(Record):
+    """One encoded part: `part.tar`, and what could not be encoded in `quarantine.jsonl`."""
+
+    num_clips: int
+    num_quarantined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRecord(Record):
+    """All parts of one folder of clips. `path` holds `parts/`, `quarantine.jsonl` and `empty_text.pt`."""
+
+    parts: tuple[Path, ...]  # folders of PartRecords
+    num_clips: int
+    num_quarantined: int
+    encoder: dict[str, str]  # names and weight digests of VAE and text encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord(Record):
+    """WebDataset shards named `<split>-<number>.tar`."""
+
+    num_samples: dict[str, int]  # split -> samples
+    shards: dict[str, int]  # shard name -> samples
+    encoder: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRecord(Record):
+    """Shards with Energon metadata: `path` is what `dataset.path` of a training run takes."""
+
+    num_samples: dict[str, int]
+    encoder: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord(Record):
+    """A finished training run. `path` is the run folder, checkpoints lie in `checkpoints/`."""
+
+    iteration: int
+    num_samples: int  # samples consumed
+    final_loss: float
+    metrics: Path  # metrics.jsonl: one line per logged step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRecord(Record):
+    """A complete Diffusers folder."""
+
+    iteration: int
+    num_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord(Record):
+    """Videos from prompts, `<number>.mp4`, and `contact_sheet.png`."""
+
+    videos: tuple[Path, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRecord(Record):
+    """`metrics.json` and `report.html`."""
+
+    metrics: dict[str, float]
+    report: Path
+
+
+R = TypeVar("R", bound=Record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose arithmetic enters a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}}
+
+
+def save_record(record: Record, folder: Path) -> None:
+    """Write `record.json` atomically; paths inside the record's folder are stored relative to it."""
+
+    def plain(value: Any) -> str:
+        assert isinstance(value, Path), f"{type(value).__name__} has no place in a record"
+        return str(value.relative_to(record.path)) if value.is_relative_to(record.path) else str(value)
+
+    temporary = folder / f".{RECORD_NAME}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(asdict(record), file, indent=1, ensure_ascii=False, default=plain)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / RECORD_NAME)
+
+
+def load_record(kind: type[R], folder: Path) -> R:
+    """Read a folder's record, wherever the folder was moved to.
+
+    Raises:
+        FileNotFoundError: the folder has no record, so its output is not whole.
+    """
+    values = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(absolute(item) for item in value)
+        return folder / value if isinstance(value, Path) else value
+
+    record = TypeAdapter(kind).validate_python({**values, "path": "."})
+    return TypeAdapter(kind).validate_python({name: absolute(value) for name, value in vars(record).items()})
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Every file below a folder except records and hidden files: relative path -> bytes."""
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RECORD_NAME)
+    return {
+        p.relative_to(folder).as_posix(): p.stat().st_size
+        for p in found
+        if not any(part.startswith(".") for part in p.relative_to(folder).parts if part != ".nv-meta")
+    }
+
+
+def find_record(kind: type[R], folder: Path, wanted: str) -> R | None:
+    """The record of a whole output with this fingerprint, or None: absent, another, or a file is gone or altered."""
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    record = load_record(kind, folder)
+    whole = all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in record.files.items())
+    return record if whole and record.fingerprint == wanted else None
+
+
+class StageOutput:
+    """An output folder being written: write below `path`, then `finish(kind, ...)` returns the record."""
+
+    def __init__(self, stage: Stage, path: Path, output_dir: Path, config: Any, wanted: str) -> None:
+        self.stage, self.path, self.output_dir = stage, path, output_dir
+        self.config, self.fingerprint, self.started = config, wanted, time.monotonic()
+        self.record: Record | None = None
+
+    def finish(self, kind: type[R], **values: Any) -> R:
+        """Make the stage's record; paths in `values` that lie below `path` move to the output folder."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return tuple(moved(item) for item in value)
+            inside = isinstance(value, Path) and value.is_relative_to(self.path)
+            return self.output_dir / value.relative_to(self.path) if inside else value
+
+        record = kind(
+            stage=self.stage, path=self.output_dir, fingerprint=self.fingerprint, config=identity(self.config),
+            files=list_files(self.path), seconds=round(time.monotonic() - self.started, 3), versions=versions(),
+            **{name: moved(value) for name, value in values.items()},
+        )  # fmt: skip
+        self.record = record
+        return record
+
+
+@contextlib.contextmanager
+def writing(stage: Stage, output_dir: Path, config: Any, wanted: str) -> Iterator[StageOutput]:
+    """Write a stage's output folder whole or not at all.
+
+    On success the temporary sibling replaces `output_dir` by a rename; on an error it is removed.
+    """
+    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    output = StageOutput(stage, temporary, output_dir, config, wanted)
+    try:
+        yield output
+        assert output.record is not None, f"{stage} left its output without finish()"
+        save_record(output.record, temporary)
+        for name in output.record.files:
+            with (temporary / name).open("rb") as file:
+                os.fsync(file.fileno())
+        if output_dir.exists():  # rename cannot replace a folder that is not empty
+            shutil.rmtree(output_dir)
+        temporary.rename(output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
