@@ -1,0 +1,89 @@
+"""The shape of a WAN 2.1 transformer, as its Diffusers `config.json` tells it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_core.config import PATCH_SIZE, TEXT_LENGTH, check
+
+ROPE_POSITIONS = 1024  # per axis
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of the transformer; defaults are T2V-1.3B's."""
+
+    hidden_size: int = 1536
+    ffn_hidden_size: int = 8960
+    num_attention_heads: int = 12
+    num_layers: int = 30
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        check(
+            heads > 0 and hidden % heads == 0 and hidden // heads % 2 == 0,
+            f"hidden_size={hidden} does not give num_attention_heads={heads} heads of an even size; "
+            f"choose a multiple of {2 * max(heads, 1)}",
+        )
+        check(self.num_layers >= 1, f"num_layers={self.num_layers} is below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_diffusers(cls, model_dir: Path) -> Architecture:
+        """Read `<model_dir>/transformer/config.json`.
+
+        Raises:
+            ValueError: the folder has no transformer, or one of another kind (image-to-video, other patch size).
+        """
+        path = model_dir / "transformer" / "config.json"
+        check(path.is_file(), f"{path} does not exist; give the folder that WanPipeline.from_pretrained loads")
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key, expected in (
+            ("_class_name", "WanTransformer3DModel"), ("patch_size", list(PATCH_SIZE)), ("cross_attn_norm", True),
+            ("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None),
+        ):  # fmt: skip
+            found = config.get(key, expected)
+            check(found == expected, f"{path}: {key}={found!r}, but this model is built for {expected!r}")
+        heads = config["num_attention_heads"]
+        return cls(
+            hidden_size=heads * config["attention_head_dim"], ffn_hidden_size=config["ffn_dim"],
+            num_attention_heads=heads, num_layers=config["num_layers"], in_channels=config["in_channels"],
+            out_channels=config["out_channels"], text_dim=config["text_dim"], freq_dim=config["freq_dim"],
+            eps=config["eps"],
+        )  # fmt: skip
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """Keyword arguments of diffusers' `WanTransformer3DModel`."""
+        return {
+            "patch_size": list(PATCH_SIZE), "num_attention_heads": self.num_attention_heads,
+            "attention_head_dim": self.head_dim, "in_channels": self.in_channels, "out_channels": self.out_channels,
+            "text_dim": self.text_dim, "freq_dim": self.freq_dim, "ffn_dim": self.ffn_hidden_size,
+            "num_layers": self.num_layers, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+            "eps": self.eps, "rope_max_seq_len": ROPE_POSITIONS,
+        }  # fmt: skip
+
+    def forward_flops(self, num_tokens: int) -> int:
+        """Model FLOPs of one sample's forward through the blocks (embedders and head, under 1 %, left out)."""
+        s, t, h, f = num_tokens, TEXT_LENGTH, self.hidden_size, self.ffn_hidden_size
+        projections = 2 * s * (4 * h * h + 2 * h * h + 2 * h * f) + 2 * t * 2 * h * h
+        return self.num_layers * (projections + 4 * s * s * h + 4 * s * t * h)
+
+    def training_flops(self, num_tokens: int) -> int:
+        """Forward and backward of one sample; recomputation is not counted."""
+        return 3 * self.forward_flops(num_tokens)
+
+
+T2V_1_3B = Architecture()
+T2V_14B = Architecture(hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40, num_layers=40)
+ARCHITECTURES = {"t2v-1.3B": T2V_1_3B, "t2v-14B": T2V_14B}

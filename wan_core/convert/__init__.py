@@ -1,0 +1,1 @@
+"""Diffusers weights to megatron's names and layout, and back."""

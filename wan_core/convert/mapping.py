@@ -1,0 +1,113 @@
+"""One table between diffusers' `WanTransformer3DModel` and `WanModel`, used in both directions.
+
+Every entry is a rename, or a reordering that is undone exactly: q, k and v rows are interleaved by head, the patch
+embedding's Conv3d is flattened to a matrix. So import then export gives back every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from wan_core.architecture import Architecture
+from wan_core.config import PATCH_SIZE, check
+
+OUTER = {  # ours -> diffusers, a module each
+    "patch_embedding": "patch_embedding",
+    "time_embedding.linear_1": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.linear_2": "condition_embedder.time_embedder.linear_2",
+    "time_embedding.projection": "condition_embedder.time_proj",
+    "text_embedding.linear_1": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.linear_2": "condition_embedder.text_embedder.linear_2",
+    "head.linear": "proj_out",
+}
+LAYER = {
+    "self_attention.linear_proj": "attn1.to_out.0",
+    "cross_norm": "norm2",
+    "cross_attention.linear_q": "attn2.to_q",
+    "cross_attention.linear_proj": "attn2.to_out.0",
+    "mlp.linear_fc1": "ffn.net.0.proj",
+    "mlp.linear_fc2": "ffn.net.2",
+}
+LAYER_NORMS = {  # weight only
+    "self_attention.q_norm": "attn1.norm_q",
+    "self_attention.k_norm": "attn1.norm_k",
+    "cross_attention.q_norm": "attn2.norm_q",
+    "cross_attention.k_norm": "attn2.norm_k",
+}
+FUSED = {  # ours -> diffusers' modules whose rows it interleaves by head
+    "self_attention.linear_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "cross_attention.linear_kv": ("attn2.to_k", "attn2.to_v"),
+}
+KINDS = ("weight", "bias")
+
+
+def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Our name -> diffusers' names, for every parameter."""
+    pairs: dict[str, tuple[str, ...]] = {}
+    for ours, theirs in OUTER.items():
+        pairs |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in KINDS}
+    pairs["head.modulation"] = ("scale_shift_table",)
+    for n in range(architecture.num_layers):
+        pairs[f"layers.{n}.modulation"] = (f"blocks.{n}.scale_shift_table",)
+        for ours, theirs in LAYER_NORMS.items():
+            pairs[f"layers.{n}.{ours}.weight"] = (f"blocks.{n}.{theirs}.weight",)
+        for kind in KINDS:
+            for ours, theirs in LAYER.items():
+                pairs[f"layers.{n}.{ours}.{kind}"] = (f"blocks.{n}.{theirs}.{kind}",)
+            for ours, parts in FUSED.items():
+                pairs[f"layers.{n}.{ours}.{kind}"] = tuple(f"blocks.{n}.{part}.{kind}" for part in parts)
+    return pairs
+
+
+def _check_names(kind: str, found: Mapping[str, Tensor], expected: set[str]) -> None:
+    missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    check(
+        not missing and not unknown,
+        f"{kind} weights do not fit the architecture: missing {missing[:3]} ({len(missing)} in all), unknown "
+        f"{unknown[:3]} ({len(unknown)} in all); check that the weights and config.json belong together",
+    )
+
+
+def from_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Diffusers' state dict to ours.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    pairs = _pairs(architecture)
+    _check_names("diffusers", weights, {name for names in pairs.values() for name in names})
+    heads, result = architecture.num_attention_heads, {}
+    for ours, theirs in pairs.items():
+        parts = [weights[name] for name in theirs]
+        if len(parts) > 1:
+            split = [part.unflatten(0, (heads, architecture.head_dim)) for part in parts]
+            result[ours] = torch.stack(split, dim=1).flatten(0, 2)
+        elif ours == "patch_embedding.weight":
+            result[ours] = parts[0].flatten(1)
+        else:
+            result[ours] = parts[0].squeeze(0) if ours.endswith("modulation") else parts[0]
+    return result
+
+
+def to_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Our state dict to diffusers'.
+
+    Raises:
+        ValueError: a tensor is missing or unknown.
+    """
+    pairs = _pairs(architecture)
+    _check_names("megatron", weights, set(pairs))
+    heads, result = architecture.num_attention_heads, {}
+    for ours, theirs in pairs.items():
+        weight = weights[ours]
+        if len(theirs) > 1:
+            parts = weight.unflatten(0, (heads, len(theirs), architecture.head_dim)).unbind(1)
+            result |= {name: part.flatten(0, 1) for name, part in zip(theirs, parts, strict=True)}
+        elif ours == "patch_embedding.weight":
+            result[theirs[0]] = weight.unflatten(1, (architecture.in_channels, *PATCH_SIZE))
+        else:
+            result[theirs[0]] = weight.unsqueeze(0) if ours.endswith("modulation") else weight
+    return {name: tensor.contiguous() for name, tensor in result.items()}

@@ -1,0 +1,107 @@
+"""Flow matching: the straight path from data to noise, and the velocity along it.
+
+Lipman et al., "Flow Matching for Generative Modeling" (arXiv:2210.02747); timestep densities and shift from Esser et
+al., "Scaling Rectified Flow Transformers" (arXiv:2403.03206, sections 3.1 and 5.3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wan_core.config import STRICT, check
+
+NUM_TRAIN_TIMESTEPS = 1000  # timesteps = 1000 * sigma
+
+
+@dataclass(frozen=True)
+class FlowMatchingConfig:
+    """How noise levels are drawn and the loss is weighted."""
+
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    uniform_share: float = 0.0  # this share of samples is drawn uniformly whatever the density
+    shift: float = 3.0
+    weighting: Literal["none", "sigma_sqrt"] = "none"
+    caption_dropout: float = 0.1  # share of samples trained on the empty caption; guidance needs it
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check(self.shift > 0, f"flow_matching.shift={self.shift} is not positive; choose 3.0")
+        check(self.logit_std > 0, f"flow_matching.logit_std={self.logit_std} is not positive; choose 1.0")
+        for name in ("uniform_share", "caption_dropout"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"flow_matching.{name}={value} is not a share; choose a value in [0, 1]")
+
+    @classmethod
+    def for_mode(cls, mode: Literal["pretrain", "finetune"]) -> FlowMatchingConfig:
+        """The presets of the training modes: broad noise levels for pretraining, uniform ones for finetuning."""
+        if mode == "pretrain":
+            return cls(density="logit_normal", logit_std=1.5, uniform_share=0.1, shift=2.5)
+        return cls(density="uniform", logit_std=1.0, shift=3.0)
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards noise: shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def sigmas_from_uniform(config: FlowMatchingConfig, uniform: Tensor, choice: Tensor) -> Tensor:
+    """Noise levels in (0, 1) by inverse transform, so that stratified uniforms give stratified sigmas.
+
+    Args:
+        uniform: [n] in (0, 1), float64.
+        choice: [n] in (0, 1); below `uniform_share` the density is uniform.
+    """
+    if config.density == "logit_normal":
+        drawn = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(uniform))
+    elif config.density == "mode":
+        drawn = 1 - uniform - config.mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
+    else:
+        drawn = uniform
+    return shift_sigmas(torch.where(choice < config.uniform_share, uniform, drawn), config.shift)
+
+
+def interpolate(latents: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """noisy_latents = (1 - sigma) * latents + sigma * noise, all in float32."""
+    return (1 - sigma) * latents + sigma * noise
+
+
+def velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """The path's derivative, which the model predicts: noise - latents."""
+    return noise - latents
+
+
+def loss_weights(config: FlowMatchingConfig, sigmas: Tensor) -> Tensor:
+    """Weight per sample: 1, or 1 / sigma^2 clipped at 25 for `sigma_sqrt`."""
+    if config.weighting == "sigma_sqrt":
+        return sigmas.clamp(min=0.2) ** -2.0
+    return torch.ones_like(sigmas)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One sample on its way to noise."""
+
+    noisy_latents: Tensor  # [C, T, H, W] float32
+    velocity: Tensor  # [C, T, H, W] float32
+    sigma: Tensor  # [] float32
+
+
+def add_noise(config: FlowMatchingConfig, latents: Tensor, seed: int) -> Noised:
+    """Draw sigma and noise for latents [C, T, H, W] from a seed of the sample's own.
+
+    The seed travels with the sample, so every layout of ranks, every pack and every resumed run draws the same.
+    """
+    draws = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    sigma = sigmas_from_uniform(config, draws[:1], draws[1:])[0].float().to(latents.device)
+    generator = torch.Generator(latents.device).manual_seed(seed)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+    latents = latents.float()
+    return Noised(interpolate(latents, noise, sigma), velocity(latents, noise), sigma)

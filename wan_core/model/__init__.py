@@ -1,0 +1,1 @@
+"""The WAN 2.1 transformer on megatron-core's parallel layers."""

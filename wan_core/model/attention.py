@@ -1,0 +1,130 @@
+"""Self- and cross-attention over packed sequences."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from wan_core.model.config import WanTransformerConfig
+from wan_core.model.kernels import packed_attention
+from wan_core.model.ops import mean_squares, rms_norm
+from wan_core.model.rope import rotate
+from wan_core.packing import Packing
+from wan_core.parallel import Parallel, heads_to_tokens, tokens_to_heads
+
+
+def column_linear(config: WanTransformerConfig, width: int, out: int, gather_input: bool = True) -> nn.Module:
+    """Linear whose output features are split over TP. `gather_input=False`: its input is whole on every rank, also
+    under sequence parallelism, as text is."""
+    if not gather_input and config.sequence_parallel:
+        config = copy.copy(config)
+        config.sequence_parallel = False
+    arguments: dict[str, Any] = {"config": config, "init_method": _no_init, "bias": True, "gather_output": False}
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        return TEColumnParallelLinear(width, out, **arguments, skip_bias_add=False, is_expert=False)
+    return ColumnParallelLinear(width, out, **arguments)
+
+
+def row_linear(config: WanTransformerConfig, width: int, out: int) -> nn.Module:
+    """Linear whose input features are split over TP; its output is summed, and scattered under sequence parallelism."""
+    arguments: dict[str, Any] = {
+        "config": config, "init_method": _no_init, "bias": True, "input_is_parallel": True, "skip_bias_add": False,
+    }  # fmt: skip
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TERowParallelLinear
+
+        return TERowParallelLinear(width, out, **arguments, is_expert=False)
+    return RowParallelLinear(width, out, **arguments)
+
+
+def _no_init(weight: Tensor) -> None:
+    """Layers leave their weights to `WanModel.initialize`."""
+
+
+class QKNorm(MegatronModule):
+    """Weight of an RMSNorm over all heads of q or k; each rank holds its own heads' slice."""
+
+    def __init__(self, config: WanTransformerConfig, parallel: Parallel) -> None:
+        super().__init__(config)
+        width = config.hidden_size // parallel.tp
+        self.weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=config.device))
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+        self.weight.partition_stride = 1
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        state = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class SelfAttention(MegatronModule):
+    """Attention of each sample's tokens to one another.
+
+    The rows of `linear_qkv` are ordered (head, q|k|v, d), so that a TP shard is a contiguous block of whole heads.
+    """
+
+    def __init__(self, config: WanTransformerConfig, parallel: Parallel) -> None:
+        super().__init__(config)
+        self.parallel = parallel
+        self.linear_qkv = column_linear(config, config.hidden_size, 3 * config.hidden_size)
+        self.q_norm = QKNorm(config, parallel)
+        self.k_norm = QKNorm(config, parallel)
+        self.linear_proj = row_linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, rotary: Tensor, packing: Packing) -> Tensor:
+        """x [local tokens, h] -> [local tokens, h]."""
+        eps, head_dim = self.config.layernorm_epsilon, self.config.kv_channels
+        qkv = self.linear_qkv(x)[0]
+        q, k, v = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(2)  # [tokens / cp, heads / tp, d] each
+        q_mean, k_mean = mean_squares((q, k), self.parallel)
+        q = rotate(rms_norm(q, q_mean, self.q_norm.weight, eps), rotary)
+        k = rotate(rms_norm(k, k_mean, self.k_norm.weight, eps), rotary)
+        if self.parallel.cp > 1:  # [tokens, heads / tp / cp, d] each
+            q, k, v = heads_to_tokens(torch.stack((q, k, v), dim=1), self.parallel).unbind(1)
+        out = packed_attention(q, k, v, packing.self_segments)
+        return self.linear_proj(tokens_to_heads(out, self.parallel).flatten(1))[0]
+
+
+class CrossAttention(MegatronModule):
+    """Attention of each sample's tokens to its text. The rows of `linear_kv` are ordered (head, k|v, d)."""
+
+    def __init__(self, config: WanTransformerConfig, parallel: Parallel) -> None:
+        super().__init__(config)
+        self.parallel = parallel
+        self.linear_q = column_linear(config, config.hidden_size, config.hidden_size)
+        self.linear_kv = column_linear(config, config.hidden_size, 2 * config.hidden_size, gather_input=False)
+        self.q_norm = QKNorm(config, parallel)
+        self.k_norm = QKNorm(config, parallel)
+        self.linear_proj = row_linear(config, config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, packing: Packing) -> Tensor:
+        """x [local tokens, h], text [samples * 512, h] -> [local tokens, h]."""
+        eps, head_dim = self.config.layernorm_epsilon, self.config.kv_channels
+        q = self.linear_q(x)[0].unflatten(-1, (-1, head_dim))
+        k, v = self.linear_kv(text)[0].unflatten(-1, (-1, 2, head_dim)).unbind(2)
+        q_mean, k_mean = mean_squares((q, k), self.parallel)
+        q = rms_norm(q, q_mean, self.q_norm.weight, eps)
+        k = rms_norm(k, k_mean, self.k_norm.weight, eps)
+        return self.linear_proj(packed_attention(q, k, v, packing.cross_segments).flatten(1))[0]
+
+
+class MLP(MegatronModule):
+    """Linear, GELU (tanh), linear."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__(config)
+        assert config.ffn_hidden_size is not None
+        self.linear_fc1 = column_linear(config, config.hidden_size, config.ffn_hidden_size)
+        self.linear_fc2 = row_linear(config, config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)[0], approximate="tanh"))[0]

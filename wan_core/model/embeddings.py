@@ -1,0 +1,53 @@
+"""Timesteps and text to what the blocks are conditioned on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_core.config import TEXT_LENGTH
+from wan_core.model.config import WanTransformerConfig
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """cos, then sin, of timesteps [n] in [0, 1000], computed in float64; returns [n, dim] float32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=timesteps.device))
+    angles = timesteps.double()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps to the head's embedding and the blocks' modulation; float32 throughout."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        h, place = config.hidden_size, {"dtype": torch.float32, "device": config.device}
+        self.freq_dim = config.freq_dim
+        self.linear_1 = nn.Linear(config.freq_dim, h, **place)
+        self.linear_2 = nn.Linear(h, h, **place)
+        self.projection = nn.Linear(h, 6 * h, **place)
+
+    def forward(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] -> embedding [n, h], modulation [n, 6, h]."""
+        embedding = self.linear_2(F.silu(self.linear_1(sinusoid(timesteps, self.freq_dim))))
+        return embedding, self.projection(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class TextEmbedding(nn.Module):
+    """Text embeddings to the model's width."""
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        h, place = config.hidden_size, {"dtype": config.params_dtype, "device": config.device}
+        self.linear_1 = nn.Linear(config.text_dim, h, **place)
+        self.linear_2 = nn.Linear(h, h, **place)
+
+    def forward(self, text_embeds: Tensor) -> Tensor:
+        """[n, 512, text_dim], zeros behind each text -> [n * 512, h]. The zeros are attended to as the others are."""
+        assert text_embeds.shape[1] == TEXT_LENGTH, text_embeds.shape
+        x = text_embeds.flatten(0, 1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))

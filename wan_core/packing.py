@@ -1,0 +1,136 @@
+"""Several samples in one sequence. Attention sees the boundaries (cu_seqlens); nothing else mixes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from wan_core.config import TEXT_LENGTH, check
+from wan_core.patch import GridSize
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Boundaries of the queries and keys that belong together, for variable-length attention."""
+
+    q_lengths: tuple[int, ...]  # of each segment; 0 is allowed
+    k_lengths: tuple[int, ...]
+
+    def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cumulative lengths of queries and keys, int32 [segments + 1] each."""
+        return _cumulative(self.q_lengths, device), _cumulative(self.k_lengths, device)
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    total = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return total.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which samples a packed sequence holds, and which of its tokens this rank works on.
+
+    The sequence is the samples' tokens in order, then padding up to a length that divides by the ranks. Padding is a
+    segment of its own in self-attention, borrows the last sample's modulation and text, and carries no loss.
+    """
+
+    grids: tuple[GridSize, ...]
+    num_tokens: int  # padding included
+    start: int = 0  # this rank's tokens are [start, stop)
+    stop: int = -1  # set to num_tokens when left at -1
+
+    def __post_init__(self) -> None:
+        assert self.num_tokens >= self.num_real_tokens > 0, (self.num_tokens, self.num_real_tokens)
+        if self.stop < 0:
+            object.__setattr__(self, "stop", self.num_tokens)
+
+    @classmethod
+    def of(cls, grids: Sequence[GridSize], multiple: int = 1) -> Packing:
+        """Pack samples of these grids, padded to a multiple of the ranks that share the sequence."""
+        real = sum(grid.num_tokens for grid in grids)
+        return cls(tuple(grids), -(-real // multiple) * multiple)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(grid.num_tokens for grid in self.grids)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.grids)
+
+    @property
+    def num_real_tokens(self) -> int:
+        return sum(grid.num_tokens for grid in self.grids)
+
+    @property
+    def num_local_tokens(self) -> int:
+        return self.stop - self.start
+
+    def part(self, index: int, of: int) -> Packing:
+        """The contiguous `index`-th of `of` equal parts of this rank's tokens."""
+        size, rest = divmod(self.num_local_tokens, of)
+        assert rest == 0, (self.num_local_tokens, of)
+        return Packing(self.grids, self.num_tokens, self.start + index * size, self.start + (index + 1) * size)
+
+    @cached_property
+    def local_lengths(self) -> tuple[int, ...]:
+        """How many of this rank's tokens use each sample's modulation and text (padding counts as the last sample's)."""
+        lengths = (*self.lengths[:-1], self.lengths[-1] + self.num_tokens - self.num_real_tokens)
+        inside, position = [], 0
+        for length in lengths:
+            begin, end = max(position, self.start), min(position + length, self.stop)
+            inside.append(max(0, end - begin))
+            position += length
+        return tuple(inside)
+
+    @cached_property
+    def self_segments(self) -> Segments:
+        """Self-attention over the whole sequence."""
+        padding = self.num_tokens - self.num_real_tokens
+        lengths = (*self.lengths, padding) if padding else self.lengths
+        return Segments(lengths, lengths)
+
+    @cached_property
+    def cross_segments(self) -> Segments:
+        """Cross-attention of this rank's tokens to each sample's text: all 512 positions, unmasked."""
+        return Segments(self.local_lengths, (TEXT_LENGTH,) * self.num_samples)
+
+    def sample_index(self, device: torch.device) -> Tensor:
+        """Which sample's modulation each of this rank's tokens uses, int64 [local tokens]."""
+        counts = torch.tensor(self.local_lengths)
+        return torch.repeat_interleave(torch.arange(self.num_samples), counts).to(device, non_blocking=True)
+
+    def loss_mask(self, device: torch.device) -> Tensor:
+        """1 for this rank's real tokens, 0 for padding, float32 [local tokens]."""
+        return (torch.arange(self.start, self.stop) < self.num_real_tokens).float().to(device, non_blocking=True)
+
+
+def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group samples into packs of at most `budget` tokens: longest first, each into the first pack that has room.
+
+    Returns:
+        Indices into `lengths`, one list per pack.
+
+    Raises:
+        ValueError: a single sample exceeds the budget.
+    """
+    longest = max(lengths, default=0)
+    check(
+        longest <= budget,
+        f"a sample of {longest} tokens exceeds the pack's budget of {budget}; "
+        f"set dataset.tokens_per_pack to {longest} or more, or encode smaller videos",
+    )
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        slot = next((i for i, free in enumerate(room) if free >= lengths[index]), len(packs))
+        if slot == len(packs):
+            packs.append([])
+            room.append(budget)
+        packs[slot].append(index)
+        room[slot] -= lengths[index]
+    return packs
