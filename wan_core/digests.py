@@ -1,0 +1,83 @@
+"""Digests of what may be large: a file's bytes, and the encoders of a Diffusers folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from wan_core.records import digest, file_digest
+
+CACHED_BYTES = 8 << 20  # below it, hashing is as fast as looking up
+# Keys of a config.json that say who wrote it, not what the network computes.
+UNBEARING_KEYS = ("transformers_version", "torch_dtype", "dtype")
+
+
+def cached_file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes; of large files remembered by path, size, inode and time of change.
+
+    The memory is `$XDG_CACHE_HOME/megatron-wan/digests` (`~/.cache` by default), one small file per path.
+    """
+    status = path.stat()
+    if status.st_size < CACHED_BYTES:
+        return file_digest(path)
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    entry = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-wan" / "digests" / name
+    state = f"{status.st_size} {status.st_ino} {status.st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        known, _, value = entry.read_text().rpartition(" ")
+        if known == state:
+            return value
+    value = file_digest(path)
+    with contextlib.suppress(OSError):  # a home that cannot be written only costs hashing again
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_name(f".{name}.{os.getpid()}")
+        temporary.write_text(f"{state} {value}")
+        temporary.rename(entry)
+    return value
+
+
+def encoder_identity(model: Path) -> dict[str, str]:
+    """Names and digests of the VAE, text encoder and tokenizer of a Diffusers folder.
+
+    Two folders with equal identities encode alike: a dataset made with one trains a model of the other.
+
+    Raises:
+        ValueError: the folder lacks one of the three.
+    """
+    tokenizer = model / "tokenizer"
+    if not tokenizer.is_dir() or not any(tokenizer.iterdir()):
+        raise ValueError(f"model folder {model} has no tokenizer/; {_REMEDY}")
+    vae, text = _config(model / "vae"), _config(model / "text_encoder")
+    return {
+        "vae": vae["_class_name"],
+        "vae_digest": _weights_digest(model / "vae", vae),
+        "text_encoder": text["architectures"][0],
+        "text_encoder_digest": _weights_digest(model / "text_encoder", text),
+        "tokenizer_digest": digest(_file_digests(p for p in tokenizer.iterdir() if p.is_file())),
+    }
+
+
+_REMEDY = "give the folder of a whole Diffusers WAN model, the one that holds model_index.json"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model folder {folder.parent} has no {folder.name}/config.json; {_REMEDY}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _weights_digest(folder: Path, config: dict[str, Any]) -> str:
+    weights = _file_digests(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} holds no .safetensors; save it with save_pretrained(safe_serialization=True)")
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in UNBEARING_KEYS}
+    return digest({"weights": weights, "config": kept})
+
+
+def _file_digests(paths: Any) -> dict[str, str]:
+    return {path.name: cached_file_digest(path) for path in sorted(paths)}
