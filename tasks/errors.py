@@ -1,0 +1,44 @@
+"""Which failures a second attempt can help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What cannot work cannot work twice: a wrong value, a missing file, a fault of the code.
+FINAL = (
+    ValueError, TypeError, AssertionError, LookupError, AttributeError, ImportError, NotImplementedError, ArithmeticError,
+    FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, MemoryError,
+)  # fmt: skip
+# Machines and networks: a lost connection, a file system that hiccups.
+PASSING = (OSError, TimeoutError, EOFError)
+
+
+class LaunchError(RuntimeError):
+    """torchrun failed. `retry` says whether another attempt may succeed."""
+
+    def __init__(self, message: str, retry: bool) -> None:
+        super().__init__(message)
+        self.retry = retry
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same work may succeed when it is tried again.
+
+    A worker that Ray lost, a connection and a killed trainer may; a wrong value or a missing file never will. Errors
+    that no rule names are final: a fault should be seen at once, not after minutes of retries.
+    """
+    if isinstance(error, LaunchError):
+        return error.retry
+    if type(error).__module__.startswith("ray"):  # only then is ray loaded, so this import is free
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        if isinstance(error, RayTaskError):
+            return may_pass(error.cause)
+        return isinstance(error, (RayActorError, RayError))
+    return isinstance(error, PASSING) and not isinstance(error, FINAL)
+
+
+def retrying_helps(task: Any, task_run: Any, state: Any) -> bool:
+    """Prefect's `retry_condition_fn`."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and may_pass(error)

@@ -1,0 +1,22 @@
+"""Energon's metadata beside the shards: the dataset that training reads."""
+
+from __future__ import annotations
+
+from tasks.stage import Target, Workspace, stage_task
+from wan_core.config import IndexConfig
+from wan_core.records import IndexRecord, ShardRecord
+
+
+@stage_task("index")
+def index_task(target: Target, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
+    from wan_core.data import index
+
+    return index.run(config, sharded, target.folder)
+
+
+def index(workspace: Workspace, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
+    """The dataset of these shards, written now or found."""
+    from wan_core.data import index as stage
+
+    target = workspace.target("index", IndexRecord, stage.stage_fingerprint(config, sharded))
+    return workspace.make(index_task, target, config=config, sharded=sharded)

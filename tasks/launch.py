@@ -1,0 +1,163 @@
+"""The only place that starts torchrun: on this machine, on the nodes of a Ray cluster, or under Slurm.
+
+The first node that fails ends all of them, the error carries the last lines of the rank that failed first, and nothing
+is left running, whatever ends the launch: success, failure, Ctrl-C or the death of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tasks.errors import LaunchError
+from tasks.nodes import LocalNode, Node, ray_nodes
+from wan_core.config import LaunchConfig
+
+POLL_SECONDS = 0.5
+SHOWN_LINES = 15  # of the failing rank, in the error
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt|Exit))\b(?:: (.*))?$")
+# Exceptions of a rank that come back with the next attempt; others (a lost peer, a file system) may pass.
+FINAL = {
+    "ValueError", "TypeError", "AssertionError", "KeyError", "IndexError", "AttributeError", "ImportError",
+    "ModuleNotFoundError", "NameError", "NotImplementedError", "FileNotFoundError", "FileExistsError", "SyntaxError",
+    "PermissionError", "ValidationError", "ConfigKeyError", "SystemExit", "OutOfMemoryError",
+}  # fmt: skip
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(config: LaunchConfig) -> dict[str, str]:
+    """Environment of the ranks. Without GPUs the cores of the node are shared among its processes."""
+    if config.gpus_per_node:
+        return {"PYTHONUNBUFFERED": "1"}
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.processes_per_node)))
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": threads,
+        "TORCHDYNAMO_DISABLE": "1",  # compiling with inductor costs 20 s per process on CPU
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, rendezvous: Sequence[str]) -> list[str]:
+    """The command for one node. Rank 0 speaks to the terminal; every rank has its files below `log_dir`."""
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes", str(config.nodes), "--nproc-per-node", str(config.processes_per_node), "--max-restarts", "0",
+        *rendezvous, "--log-dir", str(log_dir), "--redirects", "3", "--tee", "3", "-m", *arguments,
+    ]  # fmt: skip
+
+
+def _local(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
+    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command = torchrun(config, arguments, log_dir, rendezvous)
+    return [LocalNode(command, environment(config), log_dir / "torchrun.log")]
+
+
+def _slurm(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
+    """srun starts one torchrun per node of the allocation that this process runs in."""
+    nodelist = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodelist:
+        raise ValueError("launcher='slurm' runs inside an allocation, and there is none here; use salloc or sbatch")
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True
+    ).stdout.split()
+    if len(hosts) < config.nodes:
+        raise ValueError(f"launch.nodes={config.nodes} exceeds the allocation's {len(hosts)}; ask Slurm for more nodes")
+    rendezvous = [
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{free_port()}", "--rdzv-id", uuid.uuid4().hex[:8],
+    ]  # fmt: skip
+    srun = ["srun", "--nodes", str(config.nodes), "--ntasks", str(config.nodes), "--ntasks-per-node", "1"]
+    srun += ["--kill-on-bad-exit=1", "--label", "--export=ALL"]
+    if config.gpus_per_node:
+        srun += ["--gpus-per-node", str(config.gpus_per_node)]
+    command = [*srun, *torchrun(config, arguments, log_dir, rendezvous)]
+    return [LocalNode(command, environment(config), log_dir / "torchrun.log")]
+
+
+def _ray(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
+    def command(node: int, host: str, port: int) -> list[str]:
+        # Static addresses: torchrun's c10d rendezvous takes minutes where a host name resolves to 127.0.0.1.
+        rendezvous = ["--node-rank", str(node), "--master-addr", host, "--master-port", str(port)]
+        return torchrun(config, arguments, log_dir / f"node{node}", rendezvous)
+
+    return ray_nodes(config, command, environment(config), log_dir)
+
+
+def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Exception:
+    """What to raise for a node that ended badly.
+
+    A `ValueError` of a rank stays one, because its sentence is meant for the user. Everything else becomes a
+    `LaunchError` with the last lines of the rank that torchrun names as the first to fail.
+    """
+    text = "\n".join(tail)
+    cause = ROOT_CAUSE.search(text)
+    if cause is None:
+        lines = [line for line in tail if line.strip()][-SHOWN_LINES:]
+        shown = "\n".join(f"  | {line}" for line in lines)
+        return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=status < 0)
+    rank, local_rank, exitcode = (int(group) for group in cause.groups())
+    prefix = re.compile(rf"^(?:\d+: )?\[[^\]]*?{local_rank}\]:")  # --tee marks each line with role and local rank
+    own = [prefix.sub("", line) for line in tail if prefix.match(line) and prefix.sub("", line).strip()]
+    raised = [match for match in map(EXCEPTION.match, own) if match]
+    name, sentence = (raised[-1][1], raised[-1][2] or "") if raised else ("", "")
+    if name == "ValueError" and sentence:
+        return ValueError(f"{sentence} (rank {rank} of the training, logs in {log_dir})")
+    shown = "\n".join(f"  | {line}" for line in own[-SHOWN_LINES:])
+    why = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with exit code {exitcode}"
+    return LaunchError(f"rank {rank} on node {node} {why}; logs in {log_dir}\n{shown}", retry=name not in FINAL)
+
+
+def launch(
+    config: LaunchConfig,
+    arguments: Sequence[str],
+    log_dir: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    on_tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Run `python -m arguments...` under torchrun and wait for it.
+
+    Args:
+        config: which launcher, how many nodes, processes and GPUs.
+        arguments: module name and its arguments.
+        log_dir: gets torchrun's log and, per rank, its stdout and stderr; on several nodes a shared folder.
+        on_line: called with every line of the first node's rank 0 and of torchrun itself.
+        on_tick: called about every half second.
+
+    Raises:
+        ValueError: a rank refused its input.
+        LaunchError: a rank or a node failed otherwise.
+    """
+    start = {"local": _local, "slurm": _slurm, "ray": _ray}[config.launcher]
+    running = dict(enumerate(start(config, arguments, log_dir)))
+    everyone = list(running.values())
+    try:
+        while running:
+            for number, node in list(running.items()):
+                status = node.wait(POLL_SECONDS / len(running))
+                for line in node.lines() if number == 0 else ():
+                    if not re.match(r"^(?:\d+: )?\[[^\]]*?[1-9]\d*\]:", line):
+                        on_line(line)
+                if status is None:
+                    continue
+                del running[number]
+                if status != 0:
+                    raise failure(number, status, node.tail(), log_dir)
+            on_tick()
+        on_tick()
+    finally:
+        for node in everyone:
+            node.stop()

@@ -1,0 +1,62 @@
+"""How long work reports its progress: to whoever watches this process, and to a Prefect progress artifact.
+
+A terminal command sets `watcher` to its display; a run of a Prefect worker has none and shows the artifact alone.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+ARTIFACT_SECONDS = 5.0  # between two updates of one artifact: each is a request to the server
+
+
+class Watcher(Protocol):
+    """What wants to know how a run proceeds; called from any thread."""
+
+    def started(self, stage: str, path: Path) -> None: ...
+
+    def advanced(self, stage: str, done: float, total: float, text: str) -> None: ...
+
+    def finished(self, stage: str, path: Path, seconds: float, reused: bool) -> None: ...
+
+
+class Nobody:
+    """The watcher of a run that no terminal shows."""
+
+    def started(self, stage: str, path: Path) -> None:
+        pass
+
+    def advanced(self, stage: str, done: float, total: float, text: str) -> None:
+        pass
+
+    def finished(self, stage: str, path: Path, seconds: float, reused: bool) -> None:
+        pass
+
+
+watcher: Watcher = Nobody()
+
+
+class Progress:
+    """Progress of one stage. Make and use it inside a Prefect flow or task run."""
+
+    def __init__(self, stage: str, total: float, unit: str) -> None:
+        from prefect.artifacts import create_progress_artifact
+
+        self.stage, self.total, self.unit = stage, total, unit
+        self.artifact = create_progress_artifact(progress=0.0, key=f"{stage}-progress", description=f"0 {unit}")
+        self.updated = time.monotonic()
+
+    def report(self, done: float, text: str = "") -> None:
+        """Say how much of `total` is done; `text` stands beside the bar."""
+        from prefect.artifacts import update_progress_artifact
+
+        watcher.advanced(self.stage, done, self.total, text)
+        finished = done >= self.total
+        if not finished and time.monotonic() - self.updated < ARTIFACT_SECONDS:
+            return
+        self.updated = time.monotonic()
+        percent = 100.0 * min(1.0, done / self.total) if self.total else 100.0
+        description = f"{done:g} of {self.total:g} {self.unit}" + (f", {text}" if text else "")
+        update_progress_artifact(artifact_id=self.artifact, progress=percent, description=description)

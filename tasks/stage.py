@@ -1,0 +1,170 @@
+"""How a stage becomes a cached, locked, retried Prefect task.
+
+The truth is `record.json` in the stage's folder. Prefect's result file lies hidden beside it, so deleting the folder
+forgets both; losing the result file or Prefect's database loses nothing, because the stage finds its own record; and a
+result whose files are gone or altered is worked out again, never trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import prefect.runtime.task_run
+from prefect import Task, get_run_logger, task
+from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
+from prefect.context import TaskRunContext
+from prefect.tasks import exponential_backoff
+from prefect.transactions import IsolationLevel
+
+from tasks import progress
+from tasks.artifacts import publish
+from tasks.errors import retrying_helps
+from tasks.locks import FileLocks
+from wan_core.config import STAGES, Stage
+from wan_core.records import Record, digest, find_record
+
+R = TypeVar("R", bound=Record)
+RUN_FOLDER = "runs"  # of train; every other stage's folder has the stage's name
+
+
+@dataclass(frozen=True)
+class Target:
+    """The output that a task is to make."""
+
+    kind: type[Record]
+    folder: Path
+    fingerprint: str
+    refresh: bool = False  # make it again even if it is there
+
+    @property
+    def result_key(self) -> str:
+        """Where Prefect keeps its result: a hidden file of the folder, that another fingerprint or place does not share."""
+        return str(self.folder / f".prefect-{digest([self.fingerprint, str(self.folder)])[:16]}")
+
+    def found(self) -> bool:
+        return find_record(self.kind, self.folder, self.fingerprint) is not None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage in this run."""
+
+    record: Record
+    reused: bool  # its output was there already
+    seconds: float  # of this run, not of the work when it was done
+
+
+def _result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    return parameters["target"].result_key
+
+
+def _run_name() -> str:
+    folder: Path = prefect.runtime.task_run.parameters["target"].folder
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def forget(folder: Path) -> None:
+    """Take an old output away, so that its stage makes it again. A training run is moved aside, never deleted."""
+    if not folder.exists():
+        return
+    if folder.parent.name == RUN_FOLDER:
+        aside = folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        get_run_logger().info("The earlier training run was moved to %s", aside)
+    else:
+        shutil.rmtree(folder)
+
+
+def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], Task[..., R]]:
+    """Make a function `(target, ...) -> Record` the Prefect task of a stage. `Workspace.make` calls it."""
+
+    def decorate(work: Callable[..., R]) -> Task[..., R]:
+        @functools.wraps(work)
+        def attempt(target: Target, **arguments: Any) -> R:
+            if target.refresh and prefect.runtime.task_run.run_count <= 1:  # what an earlier attempt did stays
+                forget(target.folder)
+            record = work(target, **arguments)
+            publish(record)
+            return record
+
+        return task(
+            attempt,
+            name=stage,
+            task_run_name=_run_name,
+            tags=[stage],
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(backoff_factor=5),
+            retry_jitter_factor=0.5,
+            retry_condition_fn=retrying_helps,
+            persist_result=True,
+            result_serializer="json",
+            cache_result_in_memory=False,
+        )
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One folder of stage outputs, the name that they carry, and the stage from which on everything is made again."""
+
+    root: Path
+    name: str
+    refresh: Stage | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def refreshes(self, stage: Stage) -> bool:
+        """Whether `refresh` names this stage or one before it."""
+        return self.refresh is not None and STAGES.index(stage) >= STAGES.index(self.refresh)
+
+    def folder(self, stage: Stage, fingerprint: str) -> Path:
+        parent = RUN_FOLDER if stage == "train" else stage
+        return self.root / parent / f"{self.name}-{fingerprint[:8]}"
+
+    def target(self, stage: Stage, kind: type[Record], fingerprint: str, folder: Path | None = None) -> Target:
+        return Target(kind, folder or self.folder(stage, fingerprint), fingerprint, self.refreshes(stage))
+
+    @cached_property
+    def cache_policy(self) -> CachePolicy:
+        """Key by fingerprint; a second run of the same work waits for the first and then finds its result."""
+        return CacheKeyFnPolicy(cache_key_fn=_result_key).configure(
+            isolation_level=IsolationLevel.SERIALIZABLE, lock_manager=FileLocks(self.root / ".locks")
+        )
+
+    @contextlib.contextmanager
+    def alone(self, target: Target) -> Iterator[None]:
+        """Wait until no other run works on this output, and keep others waiting."""
+        locks, key, holder = FileLocks(self.root / ".locks"), f"alone {target.folder}", f"{os.getpid()}-{id(target)}"
+        locks.acquire_lock(key, holder)
+        try:
+            yield
+        finally:
+            locks.release_lock(key, holder)
+
+    def bound(self, stage_task: Task[..., R], target: Target) -> Task[..., R]:
+        """The task with this workspace's storage and locks, told not to trust a result whose files are gone."""
+        return stage_task.with_options(
+            cache_policy=self.cache_policy,
+            result_storage=self.root,
+            refresh_cache=target.refresh or (Path(target.result_key).exists() and not target.found()),
+        )
+
+    def make(self, stage_task: Task[..., R], target: Target, **arguments: Any) -> R:
+        """Run a stage's task, or find its output, and note the outcome."""
+        started, reused = time.monotonic(), target.found() and not target.refresh
+        progress.watcher.started(stage_task.name, target.folder)
+        record = self.bound(stage_task, target)(target=target, **arguments)
+        outcome = Outcome(record, reused, time.monotonic() - started)
+        self.outcomes.append(outcome)
+        progress.watcher.finished(stage_task.name, target.folder, outcome.seconds, reused)
+        return record
+

@@ -1,0 +1,125 @@
+"""torchrun really starts here, with ranks of a few lines that need no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import LaunchError
+from tasks.launch import launch
+from tasks.process import MARK, Process
+from wan_core.config import LaunchConfig
+
+
+def program(folder: Path, body: str) -> str:
+    """A module that torchrun's ranks run; its folder is on their path."""
+    (folder / "rank_program.py").write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body))
+    return "rank_program"
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(holds, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(holds())
+
+
+def test_rank_0_is_streamed_and_every_rank_logs(on_path: Path) -> None:
+    lines: list[str] = []
+    name = program(on_path, "print('hello from', rank, sys.argv[1:], os.environ['OMP_NUM_THREADS'])")
+    launch(LaunchConfig(processes_per_node=2), [name, "--steps", "3"], on_path / "logs", on_line=lines.append)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+    assert [line for line in lines if "hello" in line] == [f"[default0]:hello from 0 ['--steps', '3'] {threads}"]
+    written = sorted(path.read_text() for path in (on_path / "logs").rglob("stdout.log"))
+    assert [text.split()[2] for text in written] == ["0", "1"]
+
+
+def test_error_carries_the_failing_ranks_last_lines(on_path: Path) -> None:
+    name = program(on_path, """
+        if rank == 1:
+            print("rank one speaks")
+            raise OSError("the disk of rank one is full")
+        time.sleep(60)
+    """)
+    with pytest.raises(LaunchError, match="rank 1 on node 0 ended with exit code 1") as caught:
+        launch(LaunchConfig(processes_per_node=2), [name], on_path / "logs")
+    assert "rank one speaks" in str(caught.value) and "OSError: the disk of rank one is full" in str(caught.value)
+    assert caught.value.retry
+
+
+def test_value_error_of_a_rank_stays_a_sentence(on_path: Path) -> None:
+    name = program(on_path, "raise ValueError('model.layers=0 is below 1; choose 2')")
+    with pytest.raises(ValueError, match=r"^model\.layers=0 is below 1; choose 2 \(rank 0 of the training, logs in "):
+        launch(LaunchConfig(), [name], on_path / "logs")
+
+
+def test_interrupt_leaves_no_process(on_path: Path) -> None:
+    pids = on_path / "pids"
+    pids.mkdir()
+    name = program(on_path, f"""
+        import signal, subprocess
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that does not listen
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+        open({str(pids)!r} + f"/{{rank}}", "w").write(f"{{os.getpid()}} {{child.pid}}")
+        time.sleep(300)
+    """)
+
+    def interrupt() -> None:
+        if len(list(pids.iterdir())) == 2 and all(path.stat().st_size for path in pids.iterdir()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch(LaunchConfig(processes_per_node=2), [name], on_path / "logs", on_tick=interrupt)
+    started = [int(pid) for path in pids.iterdir() for pid in path.read_text().split()]
+    assert len(started) == 4
+    assert wait_until(lambda: not any(map(alive, started)), 2)
+
+
+def test_torchrun_dies_with_a_killed_parent(on_path: Path) -> None:
+    name = program(on_path, f"open({str(on_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(300)")
+    code = f"""
+from pathlib import Path
+from tasks.launch import launch
+from wan_core.config import LaunchConfig
+launch(LaunchConfig(), [{name!r}], Path({str(on_path / "logs")!r}))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{on_path}:{os.getcwd()}"})
+    try:
+        assert wait_until(lambda: (on_path / "pid").exists() and (on_path / "pid").read_text(), 40)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    pid = int((on_path / "pid").read_text())
+    assert wait_until(lambda: not alive(pid), 40)
+
+
+def test_process_reports_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Process(["no-such-program"], {}, tmp_path / "log")
+
+
+def test_process_mark_reaches_grandchildren(tmp_path: Path) -> None:
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import os; print(os.environ[\"{MARK}\"])'])"
+    process = Process([sys.executable, "-c", code], {}, tmp_path / "log")
+    assert process.wait(20) == 0
+    assert list(process.tail) == [process.mark] and process.lines() == [process.mark]
