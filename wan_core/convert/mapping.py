@@ -6,7 +6,7 @@ embedding's Conv3d is flattened to a matrix. So import then export gives back ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     return pairs
 
 
-def _check_names(kind: str, found: Mapping[str, Tensor], expected: set[str]) -> None:
+def _check_names(kind: str, found: Mapping[str, object], expected: set[str]) -> None:
     missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
     check(
         not missing and not unknown,
@@ -71,25 +71,27 @@ def _check_names(kind: str, found: Mapping[str, Tensor], expected: set[str]) -> 
     )
 
 
-def from_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Diffusers' state dict to ours.
+def from_diffusers(
+    weights: Mapping[str, Tensor], architecture: Architecture, only: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names and tensors from diffusers' state dict, one at a time; with `only`, those of our names.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing or unknown.
     """
     pairs = _pairs(architecture)
     _check_names("diffusers", weights, {name for names in pairs.values() for name in names})
-    heads, result = architecture.num_attention_heads, {}
     for ours, theirs in pairs.items():
+        if only is not None and ours not in only:
+            continue
         parts = [weights[name] for name in theirs]
         if len(parts) > 1:
-            split = [part.unflatten(0, (heads, architecture.head_dim)) for part in parts]
-            result[ours] = torch.stack(split, dim=1).flatten(0, 2)
+            split = [part.unflatten(0, (architecture.num_attention_heads, architecture.head_dim)) for part in parts]
+            yield ours, torch.stack(split, dim=1).flatten(0, 2)
         elif ours == "patch_embedding.weight":
-            result[ours] = parts[0].flatten(1)
+            yield ours, parts[0].flatten(1)
         else:
-            result[ours] = parts[0].squeeze(0) if ours.endswith("modulation") else parts[0]
-    return result
+            yield ours, parts[0].squeeze(0) if ours.endswith("modulation") else parts[0]
 
 
 def to_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""What the training loop needs from the machine."""

@@ -1,0 +1,162 @@
+"""Megatron-Bridge's training loop on a host without CUDA.
+
+Megatron asks torch.cuda for devices, streams, memory and random state, and Bridge imports GPU-only packages. `install()`
+answers those calls with the CPU, so that the very loop that trains on GPUs runs under gloo: for the demo, and for
+tests of every parallel layout. It does nothing where a CUDA device exists.
+
+Call it before megatron.bridge is imported.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+GPU_ONLY_PACKAGES = (
+    "transformer_engine", "transformer_engine.pytorch", "nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess",
+)  # fmt: skip
+
+
+def install() -> None:
+    """Answer megatron's CUDA calls with the CPU, unless there is a CUDA device."""
+    if torch.cuda.is_available() or getattr(install, "done", False):
+        return
+    install.done = True  # type: ignore[attr-defined]
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling megatron's small fusions takes 20 s and gains nothing
+    warnings.filterwarnings("ignore", module="megatron|modelopt")  # a page about absent GPU packages
+    import megatron.core.extensions.transformer_engine  # noqa: F401  (before the placeholders: it asks whether TE exists)
+
+    with _placeholders():
+        import megatron.bridge.training.config
+        import megatron.bridge.training.pretrain  # noqa: F401
+    _answer_cuda_calls()
+    _CudaAsCpu().__enter__()
+    _adapt_megatron()
+
+
+class _Anything(type):
+    """A class whose attributes are classes like itself: enough for `class A(package.B)` and annotations."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _Anything(name, (), {})
+        setattr(cls, name, value)
+        return value
+
+
+class _Placeholder(types.ModuleType):
+    __path__: list[str] = []  # noqa: RUF012  (makes it a package)
+    __version__ = "2.20.2"  # Bridge compares it
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+@contextlib.contextmanager
+def _placeholders() -> Iterator[None]:
+    """Stand-ins for GPU-only packages while Bridge is imported; gone afterwards, so nobody takes them for real."""
+    absent = [name for name in GPU_ONLY_PACKAGES if name not in sys.modules]
+    sys.modules.update({name: _Placeholder(name) for name in absent})
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+
+
+class _Stream:
+    """The one stream of a CPU: everything that was asked for is done."""
+
+    device = CPU
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def _answer_cuda_calls() -> None:
+    def nothing(*_: Any, **__: Any) -> None: ...
+
+    def zero(*_: Any, **__: Any) -> int:
+        return 0
+
+    stream = _Stream()
+    answers: dict[str, Any] = {
+        "current_device": lambda: CPU, "device_count": lambda: 1, "set_device": nothing, "synchronize": nothing,
+        "empty_cache": nothing, "reset_peak_memory_stats": nothing, "set_stream": nothing,
+        "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed, "memory_stats": lambda *_, **__: collections.defaultdict(int),
+        "memory_allocated": zero, "max_memory_allocated": zero, "memory_reserved": zero, "max_memory_reserved": zero,
+        "Stream": _Stream, "Event": _Event, "current_stream": lambda *_: stream, "default_stream": lambda *_: stream,
+        "stream": lambda _: contextlib.nullcontext(), "get_device_capability": lambda *_: (0, 0),
+        "get_device_properties": lambda *_: types.SimpleNamespace(
+            name="cpu", total_memory=8 << 30, major=0, minor=0, multi_processor_count=1
+        ),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
+
+
+class _CudaAsCpu(TorchFunctionMode):
+    """Sends every tensor that is asked for on "cuda" to the CPU, and names its type as the GPU's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        args = tuple(CPU if isinstance(arg, str) and arg.startswith("cuda") else arg for arg in args)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")  # megatron's optimizer compares these names
+        return func(*args, **kwargs)
+
+
+def _adapt_megatron() -> None:
+    import megatron.bridge.training.initialize as bridge_initialize
+    import megatron.bridge.training.setup as bridge_setup
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    bridge_setup.initialize_megatron = functools.partial(bridge_setup.initialize_megatron, allow_no_cuda=True)
+    bridge_setup.set_jit_fusion_options = lambda *_, **__: None  # warms up CUDA fusions
+    bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
