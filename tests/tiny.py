@@ -10,7 +10,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 TEXT_DIM = 32
-WORDS = "a an the red green blue yellow circle square triangle moves moving left right up down slowly and on".split()
+WORDS = [
+    "a", "an", "the", "red", "green", "blue", "yellow", "circle", "square", "triangle", "moves", "moving", "left",
+    "right", "up", "down", "slowly", "and", "on",
+]  # fmt: skip
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

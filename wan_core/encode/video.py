@@ -13,9 +13,7 @@ from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig, Size
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+from wan_core.data.clips import IMAGE_SUFFIXES
 
 
 class ClipError(ValueError):

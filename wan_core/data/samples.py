@@ -1,0 +1,153 @@
+"""The shard sample format: three tar members per sample, written byte for byte alike, read without running code.
+
+    <key>.json     side-info (`ClipInfo`)
+    <key>.pickle   text embeddings, a pickled tensor
+    <key>.pth      latents, as torch.save writes them
+
+Plain `pickle.loads` and `torch.load` read them too, so any WebDataset reader does.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.energon.flavors.webdataset import SampleDecoder
+from torch import Tensor
+
+from wan_core.config import TEXT_LENGTH
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """Where a sample comes from and how it was made: all of it follows from the clip's bytes and the settings."""
+
+    caption: str
+    digest: str  # sha256 of the source file
+    start_frame: int
+    end_frame: int | None
+    frames: int  # after resampling to fps
+    fps: float
+    height: int  # pixels
+    width: int
+    mode: str
+    center_crop: bool
+    tiled: bool
+    vae_dtype: str
+    text_dtype: str
+    encoder: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    latents: Tensor  # [16, T, H, W], normalised
+    text_embeds: Tensor  # [n <= TEXT_LENGTH, text_dim]
+    info: ClipInfo
+
+    def __post_init__(self) -> None:
+        assert self.latents.ndim == 4, f"latents {tuple(self.latents.shape)} are not [C, T, H, W]"
+        n = self.text_embeds.shape[0]
+        assert self.text_embeds.ndim == 2 and 1 <= n <= TEXT_LENGTH, f"text_embeds {tuple(self.text_embeds.shape)}"
+        # WebDataset ends a key at its first dot.
+        assert self.key and "." not in self.key and "/" not in self.key, f"key {self.key!r}"
+
+
+def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
+    """Append a sample's three members; equal samples give equal bytes."""
+    info = json.dumps(asdict(sample.info), ensure_ascii=False, sort_keys=True)
+    write_member(tar, f"{sample.key}.json", info.encode())
+    write_member(tar, f"{sample.key}.pickle", _pickled(sample.text_embeds))
+    write_member(tar, f"{sample.key}.pth", saved(sample.latents))
+
+
+def write_member(tar: tarfile.TarFile, name: str, raw: bytes) -> None:
+    """Append a file without time or owner."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(raw), 0o644, 0
+    tar.addfile(member, io.BytesIO(raw))
+
+
+def saved(tensor: Tensor) -> bytes:
+    """torch.save of a tensor on the CPU, of its own elements only (a slice would drag its whole storage along)."""
+    buffer = io.BytesIO()
+    torch.save(tensor.detach().cpu().contiguous().clone(), buffer)
+    return buffer.getvalue()
+
+
+class _TensorPickler(pickle.Pickler):
+    """Pickles a tensor by way of torch.save's zip format.
+
+    The tensor's own pickling holds addresses in memory, which differ from run to run.
+    """
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.storage._load_from_bytes, (saved(value),)
+        return NotImplemented
+
+
+def _pickled(tensor: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    _TensorPickler(buffer, protocol=4).dump(tensor)
+    return buffer.getvalue()
+
+
+def _load_tensor(raw: bytes) -> Any:
+    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows the three callables that a pickled tensor needs, and nothing else."""
+
+    ALLOWED = {  # noqa: RUF012
+        ("torch.storage", "_load_from_bytes"): _load_tensor,  # torch's own unpickles whatever it is given
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a tensor")
+        return self.ALLOWED[module, name]
+
+
+def decode_member(name: str, raw: bytes) -> Any:
+    """A member's content: a tensor for .pth and .pickle, JSON values for .json.
+
+    Raises:
+        ValueError: another type, damaged bytes, or anything but a tensor inside; nothing of it is executed.
+    """
+    kind = name.rsplit(".", 1)[-1].lower()
+    if kind not in ("pth", "pickle", "json"):
+        raise ValueError(f"shard member {name!r} is not .pth, .pickle or .json; write shards with `wan shard`")
+    try:
+        if kind == "json":
+            return json.loads(raw)
+        value = _load_tensor(raw) if kind == "pth" else _TensorUnpickler(io.BytesIO(raw)).load()
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        reason = (str(error) or type(error).__name__).split("\n", 1)[0]
+        raise ValueError(f"shard member {name!r} is refused: {reason}; encode its source again") from error
+    if not isinstance(value, Tensor):
+        raise ValueError(f"shard member {name!r} holds a {type(value).__name__}, not a tensor; encode its source again")
+    return value
+
+
+class SafeDecoder(SampleDecoder):
+    """Energon's hook for decoding samples; its default would run what a shard's pickles say."""
+
+    def __init__(self) -> None:
+        self._config = {"decoder": "wan-tensors-1"}
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        key, decoded = sample.get("__key__", ""), dict(sample)
+        for name, value in sample.items():
+            if isinstance(value, bytes) and not name.startswith("__"):
+                decoded[name] = decode_member(f"{key}.{name}", value)
+        return decoded
