@@ -6,8 +6,8 @@ from typing import Any
 
 # What cannot work cannot work twice: a wrong value, a missing file, a fault of the code.
 FINAL = (
-    ValueError, TypeError, AssertionError, LookupError, AttributeError, ImportError, NotImplementedError, ArithmeticError,
-    FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, MemoryError,
+    ValueError, TypeError, AssertionError, LookupError, AttributeError, ImportError, NotImplementedError, MemoryError,
+    FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, ArithmeticError,
 )  # fmt: skip
 # Machines and networks: a lost connection, a file system that hiccups.
 PASSING = (OSError, TimeoutError, EOFError)

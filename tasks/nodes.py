@@ -126,22 +126,24 @@ def ray_nodes(
     if not group.wait(PLACEMENT_SECONDS):
         remove_placement_group(group)
         have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        raise LaunchError(f"no {config.nodes} separate Ray nodes with {bundle} each; the cluster has {have}", retry=True)
+        raise LaunchError(
+            f"no {config.nodes} separate Ray nodes with {bundle} each; the cluster has {have}", retry=True
+        )
     remote = ray.remote(num_cpus=1, num_gpus=config.gpus_per_node, max_restarts=0, max_concurrency=3)(Agent)
-    agents = [
-        remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i)).remote()
-        for i in range(config.nodes)
-    ]
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(config.nodes)]
+    agents = [remote.options(scheduling_strategy=place).remote() for place in places]
     nodes: list[Node] = []
     for i, agent in enumerate(agents):
         last = i == config.nodes - 1
         nodes.append(RayNode(i, agent, (lambda: remove_placement_group(group)) if last else (lambda: None)))
     try:
         host, port = ray.get(agents[0].endpoint.remote())
-        ray.get([
-            agent.start.remote(command(i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
-            for i, agent in enumerate(agents)
-        ])
+        ray.get(
+            [
+                agent.start.remote(command(i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
+                for i, agent in enumerate(agents)
+            ]
+        )
     except BaseException:
         for node in nodes:
             node.stop()

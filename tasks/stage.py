@@ -28,12 +28,12 @@ from prefect.transactions import IsolationLevel
 from tasks import progress
 from tasks.artifacts import publish
 from tasks.errors import retrying_helps
+from tasks.layout import REPLACED, RUN_FOLDER, stage_folder
 from tasks.locks import FileLocks
-from wan_core.config import STAGES, Stage
+from wan_core.config import STAGES, Stage, check
 from wan_core.records import Record, digest, find_record
 
 R = TypeVar("R", bound=Record)
-RUN_FOLDER = "runs"  # of train; every other stage's folder has the stage's name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Target:
 
     @property
     def result_key(self) -> str:
-        """Where Prefect keeps its result: a hidden file of the folder, that another fingerprint or place does not share."""
+        """Where Prefect keeps its result: a hidden file, one per fingerprint and folder."""
         return str(self.folder / f".prefect-{digest([self.fingerprint, str(self.folder)])[:16]}")
 
     def found(self) -> bool:
@@ -77,7 +77,7 @@ def forget(folder: Path) -> None:
     if not folder.exists():
         return
     if folder.parent.name == RUN_FOLDER:
-        aside = folder.with_name(f"{folder.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = folder.with_name(f"{folder.name}{REPLACED}{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         get_run_logger().info("The earlier training run was moved to %s", aside)
     else:
@@ -122,13 +122,20 @@ class Workspace:
     refresh: Stage | None = None
     outcomes: list[Outcome] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check(not self.root.is_file(), f"workspace={self.root} is a file; give a folder")
+        check(
+            self.refresh is None or self.refresh in STAGES,
+            f"refresh={self.refresh} is no stage; choose one of {', '.join(STAGES)}",
+        )
+        object.__setattr__(self, "root", self.root.absolute())
+
     def refreshes(self, stage: Stage) -> bool:
         """Whether `refresh` names this stage or one before it."""
         return self.refresh is not None and STAGES.index(stage) >= STAGES.index(self.refresh)
 
     def folder(self, stage: Stage, fingerprint: str) -> Path:
-        parent = RUN_FOLDER if stage == "train" else stage
-        return self.root / parent / f"{self.name}-{fingerprint[:8]}"
+        return stage_folder(self.root, stage) / f"{self.name}-{fingerprint[:8]}"
 
     def target(self, stage: Stage, kind: type[Record], fingerprint: str, folder: Path | None = None) -> Target:
         return Target(kind, folder or self.folder(stage, fingerprint), fingerprint, self.refreshes(stage))
@@ -167,4 +174,3 @@ class Workspace:
         self.outcomes.append(outcome)
         progress.watcher.finished(stage_task.name, target.folder, outcome.seconds, reused)
         return record
-

@@ -20,7 +20,8 @@ from wan_core.config import LaunchConfig
 
 def program(folder: Path, body: str) -> str:
     """A module that torchrun's ranks run; its folder is on their path."""
-    (folder / "rank_program.py").write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(body))
+    head = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
+    (folder / "rank_program.py").write_text(head + textwrap.dedent(body))
     return "rank_program"
 
 
@@ -55,12 +56,15 @@ def test_rank_0_is_streamed_and_every_rank_logs(on_path: Path) -> None:
 
 
 def test_error_carries_the_failing_ranks_last_lines(on_path: Path) -> None:
-    name = program(on_path, """
+    name = program(
+        on_path,
+        """
         if rank == 1:
             print("rank one speaks")
             raise OSError("the disk of rank one is full")
         time.sleep(60)
-    """)
+    """,
+    )
     with pytest.raises(LaunchError, match="rank 1 on node 0 ended with exit code 1") as caught:
         launch(LaunchConfig(processes_per_node=2), [name], on_path / "logs")
     assert "rank one speaks" in str(caught.value) and "OSError: the disk of rank one is full" in str(caught.value)
@@ -76,13 +80,16 @@ def test_value_error_of_a_rank_stays_a_sentence(on_path: Path) -> None:
 def test_interrupt_leaves_no_process(on_path: Path) -> None:
     pids = on_path / "pids"
     pids.mkdir()
-    name = program(on_path, f"""
+    name = program(
+        on_path,
+        f"""
         import signal, subprocess
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank that does not listen
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
         open({str(pids)!r} + f"/{{rank}}", "w").write(f"{{os.getpid()}} {{child.pid}}")
         time.sleep(300)
-    """)
+    """,
+    )
 
     def interrupt() -> None:
         if len(list(pids.iterdir())) == 2 and all(path.stat().st_size for path in pids.iterdir()):
@@ -103,7 +110,8 @@ from tasks.launch import launch
 from wan_core.config import LaunchConfig
 launch(LaunchConfig(), [{name!r}], Path({str(on_path / "logs")!r}))
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{on_path}:{os.getcwd()}"})
+    path = {"PYTHONPATH": f"{on_path}:{os.getcwd()}"}
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **path})
     try:
         assert wait_until(lambda: (on_path / "pid").exists() and (on_path / "pid").read_text(), 40)
     finally:

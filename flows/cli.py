@@ -1,0 +1,311 @@
+"""`wan ...`: the flows from a terminal. Prefect, Ray and torch are imported only where a command needs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from flows.inputs import checked_model, checked_videos, given_or_newest
+from flows.overrides import apply_overrides, sentence
+from flows.terminal import Display, console, log_to_file, summary
+from wan_core.config import STAGES, PipelineConfig, check
+from wan_core.records import ConvertRecord, EncodeRecord, IndexRecord, SampleRecord, ShardRecord, TrainRecord
+
+app = typer.Typer(
+    name="wan", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False,
+    help="Raw captioned videos to a trained WAN 2.1 model: encode, shard, index, train, convert, sample, evaluate.",
+    epilog="[bold]key=value[/] changes the recipe: [cyan]encode.max_frames=49 sample.size=480x832[/] are ours, "
+    "[cyan]train.train_iters=1000 optimizer.lr=1e-5[/] go to the trainer. `wan presets` lists the recipes.",
+)  # fmt: skip
+
+STAGE_PANEL = "Stages, one at a time"
+WorkspaceOption = Annotated[
+    Path, typer.Option("--workspace", "-w", help="Folder that gets all outputs.", file_okay=False, show_default=True)
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Preset to start from, see `wan presets`.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the outputs. [dim]default: the recipe's[/]")]
+VideosOption = Annotated[Path, typer.Option("--videos", help="Folder of clips (.mp4) and their captions.")]
+ModelOption = Annotated[Path, typer.Option("--model", help="WAN 2.1 model folder in the Diffusers layout.")]
+RefreshOption = Annotated[
+    str | None, typer.Option("--refresh", metavar="STAGE", help="Run this stage and all that depends on it again.")
+]
+AgainOption = Annotated[bool, typer.Option("--refresh", help="Run it again even if its output is there.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.")]
+WORKSPACE = Path("workspace")
+
+
+def input_option(name: str, stage: str) -> Any:
+    return typer.Option(f"--{name}", help=f"Output folder of {stage}. [dim]default: the newest of this name[/]")
+
+
+def configured(recipe: str, overrides: list[str] | None, name: str | None = None) -> PipelineConfig:
+    """A preset with the command line's changes."""
+    from wan_core import presets
+
+    return apply_overrides(presets.get(recipe), [*(overrides or []), *([f"name={name}"] if name else [])])
+
+
+def execute(workspace: Path, module: str, name: str, **parameters: Any) -> None:
+    """Run a flow with progress in this terminal, on Prefect's API or on one that lives as long as this command."""
+    from flows.server import prefect_api
+
+    check(not workspace.is_file(), f"workspace={workspace} is a file; give a folder")
+    started, workspace = time.monotonic(), workspace.absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: everything started here is stopped
+    flow: list[Callable[..., Any]] = []
+
+    def load() -> None:
+        flow.append(getattr(import_module(module), name))
+        from tasks import encode, progress, train  # noqa: F401
+
+        progress.watcher = display
+        log_to_file(workspace / "logs" / "wan.log")
+
+    with Display() as display, prefect_api(workspace, meanwhile=load):
+        outcomes = flow[0](workspace=workspace, **parameters)
+    summary(outcomes, workspace, time.monotonic() - started)
+
+
+@app.command()
+def demo(workspace: WorkspaceOption = WORKSPACE / "demo", refresh: RefreshOption = None) -> None:
+    """Everything, small: generate clips and a model, then run all seven stages. Needs no GPU and no download."""
+    check_stage(refresh)
+    config = configured("wan_demo", None)
+    inputs = workspace.absolute() / "input"
+    for folder, module, function in (
+        (inputs / "videos", "wan_core.demo.videos", "make_videos"),
+        (inputs / "model", "wan_core.demo.model", "make_model"),
+    ):
+        if not folder.exists():
+            console.print(f"making {folder}", soft_wrap=True)
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            getattr(import_module(module), function)(temporary)
+            temporary.rename(folder)
+    execute(
+        workspace, "flows.end_to_end", "end_to_end",
+        config=config, videos=inputs / "videos", model=inputs / "model", refresh=refresh,
+    )  # fmt: skip
+
+
+@app.command()
+def run(
+    videos: VideosOption,
+    model: ModelOption,
+    recipe: RecipeOption,
+    workspace: WorkspaceOption,
+    refresh: RefreshOption = None,
+    name: NameOption = None,
+    overrides: Overrides = None,
+) -> None:
+    """All seven stages on your own clips and model. What is done already is not done again."""
+    check_stage(refresh)
+    config = configured(recipe, overrides, name)
+    execute(
+        workspace, "flows.end_to_end", "end_to_end",
+        config=config, videos=checked_videos(videos), model=checked_model(model), refresh=refresh,
+    )  # fmt: skip
+
+
+def check_stage(refresh: str | None) -> None:
+    check(
+        refresh is None or refresh in STAGES, f"--refresh {refresh} names no stage; choose one of {', '.join(STAGES)}"
+    )
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def encode(
+    videos: VideosOption,
+    model: ModelOption,
+    recipe: RecipeOption,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Clips and captions to VAE latents and UMT5 embeddings, in parts, on Ray workers."""
+    config = configured(recipe, overrides, name)
+    execute(
+        workspace, "flows.stages", "encode", config=config.encode, ray=config.ray, name=config.name,
+        videos=checked_videos(videos), model=checked_model(model), refresh=refresh,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def shard(
+    recipe: RecipeOption,
+    encoded: Annotated[Path | None, input_option("encoded", "encode")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Encoded parts to shuffled WebDataset shards, split into train, val and test."""
+    config = configured(recipe, overrides, name)
+    record = given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded)
+    execute(
+        workspace, "flows.stages", "shard", config=config.shard, name=config.name, encoded=record.path, refresh=refresh
+    )
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def index(
+    recipe: RecipeOption,
+    sharded: Annotated[Path | None, input_option("sharded", "shard")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Energon metadata beside the shards: the dataset that training reads."""
+    config = configured(recipe, overrides, name)
+    record = given_or_newest(ShardRecord, "shard", workspace, config.name, sharded)
+    execute(
+        workspace, "flows.stages", "index", config=config.index, name=config.name, sharded=record.path, refresh=refresh
+    )
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def train(
+    model: ModelOption,
+    recipe: RecipeOption,
+    dataset: Annotated[Path | None, input_option("dataset", "index")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train with Megatron under torchrun; an interrupted run goes on from its last checkpoint."""
+    config = configured(recipe, overrides, name)
+    record = given_or_newest(IndexRecord, "index", workspace, config.name, dataset)
+    execute(
+        workspace, "flows.stages", "train", config=config.train, launch=config.launch, ray=config.ray,
+        name=config.name, model=checked_model(model), dataset=record.path, refresh=refresh,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def convert(
+    model: ModelOption,
+    recipe: RecipeOption,
+    trained: Annotated[Path | None, input_option("trained", "train")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Megatron checkpoint to a complete Diffusers folder."""
+    config = configured(recipe, overrides, name)
+    record = given_or_newest(TrainRecord, "train", workspace, config.name, trained)
+    execute(
+        workspace, "flows.stages", "convert", config=config.convert, name=config.name,
+        model=checked_model(model), trained=record.path, refresh=refresh,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def sample(
+    recipe: RecipeOption,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Any WAN Diffusers folder. [dim]default: the newest converted one[/]")
+    ] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Videos from prompts: `'sample.prompts=\\[a red circle, a blue square]'`."""
+    config = configured(recipe, overrides, name)
+    if model is not None:
+        checked_model(model)
+    else:
+        given_or_newest(ConvertRecord, "convert", workspace, config.name, None)
+    execute(workspace, "flows.stages", "sample", config=config.sample, name=config.name, model=model, refresh=refresh)
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
+def evaluate(
+    recipe: RecipeOption,
+    sampled: Annotated[Path | None, input_option("sampled", "sample")] = None,
+    trained: Annotated[Path | None, input_option("trained", "train")] = None,
+    encoded: Annotated[Path | None, input_option("encoded", "encode")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    name: NameOption = None,
+    refresh: AgainOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Metrics and an HTML report over samples, training and data."""
+    config = configured(recipe, overrides, name)
+    execute(
+        workspace, "flows.stages", "evaluate", config=config.evaluate, name=config.name,
+        sampled=given_or_newest(SampleRecord, "sample", workspace, config.name, sampled).path,
+        trained=given_or_newest(TrainRecord, "train", workspace, config.name, trained).path,
+        encoded=given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded).path,
+        refresh=refresh,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel="Look around")
+def ui(
+    workspace: WorkspaceOption = WORKSPACE,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 4200,
+) -> None:
+    """Prefect's UI over the runs of a workspace, until Ctrl-C."""
+    from flows.server import configure, home
+
+    folder = home(workspace)
+    check(folder.is_dir(), f"{folder} does not exist; run something in --workspace {workspace} first")
+    configure(workspace)
+    os.environ |= {"PREFECT_SERVER_UI_API_URL": "/api", "PREFECT_SERVER_API_PORT": str(port)}
+    console.print(f"Prefect's UI: http://127.0.0.1:{port}")
+    os.execv(
+        sys.executable, [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    )
+
+
+@app.command(rich_help_panel="Look around")
+def presets() -> None:
+    """The recipes that --recipe takes."""
+    from rich.table import Table
+
+    from wan_core import presets as known
+
+    table = Table("recipe", "clips", "trainer overrides", "where", box=None, header_style="bold")
+    for name in known.NAMES:
+        config = known.get(name)
+        sizes = ", ".join(map(str, config.encode.sizes))
+        where = (
+            f"{config.launch.nodes} x {config.launch.processes_per_node} processes, {config.launch.gpus_per_node} GPUs"
+        )
+        table.add_row(name, f"{sizes}, {config.encode.max_frames} frames", "\n".join(config.train.overrides), where)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of `wan`: an error of the user is one sentence and exit code 2."""
+    try:
+        app()
+    except ValidationError as error:
+        fail(sentence(error), 2)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("interrupted; everything that this command started was stopped", 130)
+    except RuntimeError as error:  # LaunchError and its like: the work failed, and the message says how
+        fail(str(error), 1)
+
+
+def fail(message: str, status: int) -> None:
+    console.print(f"[bold red]error:[/] {message}", soft_wrap=True, markup=True)
+    sys.exit(status)

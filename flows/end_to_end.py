@@ -1,0 +1,43 @@
+"""Raw clips to a trained, converted, sampled and evaluated model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.inputs import checked_model, checked_videos
+from tasks.convert import convert
+from tasks.encode import encode
+from tasks.evaluate import evaluate
+from tasks.index import index
+from tasks.sample import sample
+from tasks.shard import shard
+from tasks.stage import Outcome, Workspace
+from tasks.train import train
+from wan_core.config import PipelineConfig, Stage
+
+
+@flow(name="end-to-end", flow_run_name="{config.name}")
+def end_to_end(
+    config: PipelineConfig, videos: Path, model: Path, workspace: Path, refresh: Stage | None = None
+) -> list[Outcome]:
+    """All seven stages; those whose output is there already are found, not run.
+
+    Args:
+        config: what each stage computes.
+        videos: folder of clips and captions.
+        model: WAN model in the Diffusers layout; its transformer gives the architecture and, in a fine-tuning, the
+            weights to start from.
+        workspace: folder that gets one output folder per stage.
+        refresh: stage to make again, with all that depends on it.
+    """
+    run, videos, model = Workspace(workspace, config.name, refresh), checked_videos(videos), checked_model(model)
+    encoded = encode(run, config.encode, config.ray, videos, model)
+    sharded = shard(run, config.shard, encoded)
+    indexed = index(run, config.index, sharded)
+    trained = train(run, config.train, indexed, model, config.launch, config.ray)
+    converted = convert(run, config.convert, trained, model)
+    sampled = sample(run, config.sample, converted)
+    evaluate(run, config.evaluate, sampled, trained, encoded)
+    return run.outcomes

@@ -1,0 +1,62 @@
+"""What a run is given is looked at before any work starts. Imports no Prefect, so the command line looks first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.layout import REPLACED, stage_folder
+from wan_core.config import Stage, check
+from wan_core.records import RECORD_NAME, Record, find_record, load_record
+
+MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
+
+
+def checked_videos(folder: Path) -> Path:
+    """The folder of clips, absolute.
+
+    Raises:
+        ValueError: it does not exist.
+    """
+    check(folder.is_dir(), f"videos={folder} is not a folder; give the folder that holds the clips and their captions")
+    return folder.absolute()
+
+
+def checked_model(folder: Path) -> Path:
+    """A WAN folder in the Diffusers layout, absolute.
+
+    Raises:
+        ValueError: it does not exist or lacks a part.
+    """
+    check(folder.is_dir(), f"model={folder} is not a folder; give a WAN 2.1 model in the Diffusers layout")
+    missing = [name + "/" for name in MODEL_PARTS if not (folder / name).is_dir()]
+    check(
+        not missing,
+        f"model={folder} lacks {', '.join(missing)}; a WAN 2.1 model in the Diffusers layout has "
+        f"{', '.join(name + '/' for name in MODEL_PARTS)}",
+    )
+    return folder.absolute()
+
+
+def given_or_newest[R: Record](kind: type[R], stage: Stage, workspace: Path, name: str, folder: Path | None) -> R:
+    """The record of `folder`, or of the newest output of a stage in this workspace.
+
+    Raises:
+        ValueError: there is none, or its files are not what its record says.
+    """
+    if folder is None:
+        parent = stage_folder(workspace.absolute(), stage)
+        found = [path for path in parent.glob(f"{name}-*/{RECORD_NAME}") if REPLACED not in path.parent.name]
+        check(
+            bool(found),
+            f"{parent} has no finished output named {name}; run `wan {stage}` first, give --name, "
+            "or give an output folder",
+        )
+        folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    check((folder / RECORD_NAME).is_file(), f"{folder} has no {RECORD_NAME}, so it is no finished output of {stage}")
+    record = load_record(kind, folder.absolute())
+    check(record.stage == stage, f"{folder} is an output of {record.stage}; give one of {stage}")
+    check(
+        find_record(kind, folder.absolute(), record.fingerprint) is not None,
+        f"files of {folder} are missing or altered; run `wan {stage}` again",
+    )
+    return record

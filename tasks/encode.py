@@ -1,0 +1,91 @@
+"""Raw clips to latents and text embeddings: one task per part, each on a Ray worker that keeps its encoders."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.tasks import exponential_backoff
+
+from tasks.errors import retrying_helps
+from tasks.progress import Progress
+from tasks.stage import Target, Workspace, forget, stage_task
+from tasks.workers import EncodePool, ray_session
+from wan_core.config import EncodeConfig, RayConfig
+from wan_core.records import EncodeRecord, PartRecord
+
+if TYPE_CHECKING:
+    from wan_core.encode.stage import EncodePlan, Part
+
+THREADS_PER_ACTOR = 2  # one part works, the next waits for the worker
+
+
+class Clips:
+    """Clips done in all parts together, counted from several threads."""
+
+    def __init__(self, plan: EncodePlan) -> None:
+        self.progress = Progress("encode", len(plan.clips), "clips")
+        self.done = {"": plan.num_encoded}
+        self.lock = threading.Lock()
+
+    def report(self, part: str, done: int) -> None:
+        with self.lock:
+            self.done[part] = done
+            self.progress.report(sum(self.done.values()))
+
+
+# No Prefect cache here: a part that is whole is not in the plan, and encode_part itself looks again.
+@task(
+    name="encode-part", task_run_name="encode/part-{part.name}", tags=["encode"], cache_policy=NO_CACHE, retries=3,
+    retry_delay_seconds=exponential_backoff(backoff_factor=2), retry_jitter_factor=0.5,
+    retry_condition_fn=retrying_helps, persist_result=False,
+)  # fmt: skip
+def encode_part(part: Part, pool: EncodePool, clips: Clips, videos: Path, output_dir: Path) -> PartRecord:
+    """One part on the next free worker; a worker that dies is an ordinary retry."""
+    record = pool.encode(part, videos, output_dir, lambda done: clips.report(part.name, done))
+    clips.report(part.name, len(part.clips))
+    return record
+
+
+@flow(name="encode-parts", validate_parameters=False, persist_result=False)
+def encode_parts(
+    plan: EncodePlan, config: EncodeConfig, ray: RayConfig, videos: Path, model: Path, folder: Path
+) -> None:
+    """Every part that is missing. Ray runs as long as this flow does."""
+    with ray_session(ray):
+        pool, clips = EncodePool(config, ray, model), Clips(plan)
+        futures = [encode_part.submit(part, pool, clips, videos, folder) for part in plan.parts]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+
+@stage_task("encode")
+def encode_task(target: Target, config: EncodeConfig, plan: EncodePlan) -> EncodeRecord:
+    from wan_core.encode import stage
+
+    return stage.finish(config, plan, target.folder)
+
+
+def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: Path, model: Path) -> EncodeRecord:
+    """Latents and text embeddings of the clips below `videos`: what is missing is encoded, the rest is found."""
+    from wan_core.encode import stage
+
+    folder = workspace.folder("encode", stage.settings_fingerprint(config, model))
+    target = workspace.target("encode", EncodeRecord, stage.stage_fingerprint(config, videos, model), folder)
+    if target.found() and not target.refresh:
+        return workspace.make(encode_task, target, config=config, plan=None)
+    with workspace.alone(target):
+        if target.refresh:
+            forget(folder)
+        plan = stage.plan(config, videos, model, folder)
+        if plan.parts:
+            runner = ThreadPoolTaskRunner(max_workers=ray.actors * THREADS_PER_ACTOR)
+            encode_parts.with_options(task_runner=runner)(plan, config, ray, videos, model, folder)
+        return workspace.make(encode_task, replace(target, refresh=False), config=config, plan=plan)

@@ -1,0 +1,88 @@
+"""Training under torchrun, in its own processes, watched through the run folder's metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+
+from tasks.launch import launch
+from tasks.progress import Progress
+from tasks.stage import Target, Workspace, stage_task
+from tasks.workers import ray_session
+from wan_core.config import LaunchConfig, RayConfig, TrainConfig
+from wan_core.records import IndexRecord, TrainRecord, find_record, load_record
+
+
+class Metrics:
+    """Follows metrics.jsonl, which rank 0 appends to, and reports its last line as progress."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0  # a resumed run: what is old is not news
+        self.progress: Progress | None = None
+
+    def tick(self) -> None:
+        if not self.path.exists():
+            return
+        if self.path.stat().st_size < self.offset:  # written anew
+            self.offset = 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return
+        self.offset += len(whole) + 1
+        self.report(json.loads(whole.splitlines()[-1]))
+
+    def report(self, step: dict[str, Any]) -> None:
+        if self.progress is None:
+            self.progress = Progress("train", step["train_iters"], "iterations")
+        text = f"loss {step['loss']:.4f}, {step['step_seconds']:.2f} s/step, {step['tokens_per_second']:.0f} tokens/s"
+        self.progress.report(step["iteration"], text)
+
+
+@stage_task("train", retries=2)  # an attempt resumes from the last checkpoint
+def train_task(
+    target: Target, config: TrainConfig, dataset: Path, model: Path, launch_config: LaunchConfig, ray_config: RayConfig
+) -> TrainRecord:
+    """Train until `train_iters` is reached; rank 0 writes the record."""
+    if found := find_record(TrainRecord, target.folder, target.fingerprint):
+        return found
+    target.folder.mkdir(parents=True, exist_ok=True)
+    logger, metrics = get_run_logger(), Metrics(target.folder / "metrics.jsonl")
+    arguments = [
+        "wan_core.train", "--recipe", config.recipe, "--training-mode", config.mode, "--model", str(model),
+        "--dataset", str(dataset), "--run-dir", str(target.folder), *config.overrides,
+    ]  # fmt: skip
+
+    def run() -> None:
+        launch(launch_config, arguments, target.folder / "logs", lambda line: log(logger, line), metrics.tick)
+
+    if launch_config.launcher == "ray":
+        with ray_session(ray_config):
+            run()
+    else:
+        run()
+    return load_record(TrainRecord, target.folder)
+
+
+def log(logger: logging.Logger | logging.LoggerAdapter[Any], line: str) -> None:
+    if line.strip():
+        logger.info(line)
+
+
+def train(
+    workspace: Workspace, config: TrainConfig, dataset: IndexRecord, model: Path, launch: LaunchConfig, ray: RayConfig
+) -> TrainRecord:
+    """The trained run, finished now, resumed or found."""
+    from wan_core.training_run import fingerprints
+
+    folder, wanted = fingerprints(config, dataset.path, model)
+    target = workspace.target("train", TrainRecord, wanted, workspace.folder("train", folder))
+    return workspace.make(
+        train_task, target, config=config, dataset=dataset.path, model=model, launch_config=launch, ray_config=ray
+    )

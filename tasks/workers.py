@@ -1,0 +1,111 @@
+"""Ray actors that hold the encoders. Loaded by Ray's worker processes, so this module imports no Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_core.config import EncodeConfig, RayConfig
+from wan_core.records import PartRecord
+
+if TYPE_CHECKING:
+    from wan_core.encode.stage import Part
+
+POLL_SECONDS = 1.0
+OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
+
+
+class EncodeWorker:
+    """One VAE and one text encoder, loaded once. A second thread answers `progress()` while `encode` works."""
+
+    def __init__(self, config: EncodeConfig, model: Path, device: str) -> None:
+        from wan_core.encode.stage import load_encoders
+
+        self.config, self.done = config, 0
+        self.encoders = load_encoders(config, model, device)
+
+    def encode(self, part: Part, videos: Path, output_dir: Path) -> PartRecord:
+        from wan_core.encode.stage import encode_part
+
+        self.done = 0
+        return encode_part(self.config, part, videos, output_dir, self.encoders, progress=self._count)
+
+    def progress(self) -> int:
+        """Clips of the current part that are done."""
+        return self.done
+
+    def _count(self, done: int) -> None:
+        self.done = done
+
+
+class EncodePool:
+    """Workers to borrow, one part at a time. Must be used inside `ray_session`."""
+
+    def __init__(self, config: EncodeConfig, ray_config: RayConfig, model: Path) -> None:
+        import ray
+
+        # A dead actor is replaced by Ray, but the call that it lost raises here: that retry is Prefect's.
+        remote = ray.remote(
+            num_cpus=ray_config.cpus_per_actor, num_gpus=ray_config.gpus_per_actor,
+            max_restarts=-1, max_task_retries=0, max_concurrency=2,
+        )(EncodeWorker)  # fmt: skip
+        device = "cuda" if ray_config.gpus_per_actor else "cpu"
+        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(ray_config.actors):
+            self._free.put(remote.remote(config, model, device))
+
+    @contextlib.contextmanager
+    def _borrow(self) -> Iterator[Any]:
+        worker = self._free.get()
+        try:
+            yield worker
+        finally:
+            self._free.put(worker)
+
+    def encode(self, part: Part, videos: Path, output_dir: Path, progress: Callable[[int], None]) -> PartRecord:
+        """Encode a part on the next free worker.
+
+        Args:
+            progress: called about every second with the number of clips of this part that are done.
+
+        Raises:
+            RayActorError: the worker died; Ray starts another in its place.
+        """
+        import ray
+
+        with self._borrow() as worker:
+            result = worker.encode.remote(part, videos, output_dir)
+            while not ray.wait([result], timeout=POLL_SECONDS)[0]:
+                answer = worker.progress.remote()
+                if ray.wait([answer], timeout=POLL_SECONDS)[0] and not ray.wait([result], timeout=0)[0]:
+                    progress(ray.get(answer))
+            try:
+                return ray.get(result)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None  # what the stage raised, without Ray's wrapping
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Connect to `config.address`, or start a Ray of this process's own; leave as found."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; silences a warning
+    import ray
+
+    if ray.is_initialized():  # by the caller, for example a test with several nodes
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if config.address is None:
+        needed = max(os.cpu_count() or 1, round(config.actors * config.cpus_per_actor + 0.5))
+        ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    else:
+        ray.init(address=config.address, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
