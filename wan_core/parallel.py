@@ -126,7 +126,7 @@ def tokens_to_heads(x: Tensor, parallel: Parallel) -> Tensor:
 
 
 @contextlib.contextmanager
-def layout(tp: int = 1, cp: int = 1, pp: int = 1) -> Iterator[None]:
+def layout(tp: int = 1, cp: int = 1, pp: int = 1, backend: str | None = None) -> Iterator[None]:
     """Process groups for work outside of a training loop: under torchrun its ranks, else this one process.
 
     Where groups exist already they are used as they are.
@@ -136,7 +136,7 @@ def layout(tp: int = 1, cp: int = 1, pp: int = 1) -> Iterator[None]:
         return
     own = not dist.is_initialized()
     if own:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if "RANK" in os.environ:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -62,6 +62,11 @@ def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     return pairs
 
 
+def parameter_names(architecture: Architecture) -> set[str]:
+    """Our names of all parameters."""
+    return set(_pairs(architecture))
+
+
 def _check_names(kind: str, found: Mapping[str, object], expected: set[str]) -> None:
     missing, unknown = sorted(expected - found.keys()), sorted(found.keys() - expected)
     check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,9 @@ from torch import Tensor
 from wan_core.architecture import Architecture
 from wan_core.config import check
 from wan_core.convert.mapping import from_diffusers
-from wan_core.model.model import WanModel
+
+if TYPE_CHECKING:  # writing a folder needs no Megatron
+    from wan_core.model.model import WanModel
 
 WEIGHTS = "diffusion_pytorch_model"
 

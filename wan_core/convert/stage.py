@@ -1,0 +1,82 @@
+"""The convert stage: a training run's checkpoint becomes a complete Diffusers folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_core.architecture import Architecture
+from wan_core.config import ConvertConfig, check
+from wan_core.convert.checkpoint import iteration_dir, read_architecture, read_weights
+from wan_core.convert.mapping import to_diffusers
+from wan_core.convert.weights import save_transformer
+from wan_core.digests import encoder_identity
+from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint, writing
+
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # taken from the reference folder as they are
+
+
+def stage_fingerprint(config: ConvertConfig, trained: TrainRecord, model: Path) -> str:
+    return fingerprint("convert", config, trained=trained.fingerprint, encoder=encoder_identity(model))
+
+
+def run(config: ConvertConfig, trained: TrainRecord, model: Path, output_dir: Path) -> ConvertRecord:
+    """Export a run's checkpoint; everything but the transformer comes from the Diffusers folder `model`.
+
+    Raises:
+        ValueError: no such checkpoint, or `model` is not a whole Diffusers folder.
+    """
+    wanted = stage_fingerprint(config, trained, model)
+    if found := find_record(ConvertRecord, output_dir, wanted):
+        return found
+    with writing("convert", output_dir, config, wanted) as output:
+        folder = iteration_dir(trained.path / "checkpoints", config.iteration)
+        num_tensors = export(folder, model, output.path, getattr(torch, config.dtype))
+        iteration = int(folder.name.removeprefix("iter_"))
+        return output.finish(ConvertRecord, iteration=iteration, num_tensors=num_tensors)
+
+
+def export(checkpoint: Path, model: Path, output_dir: Path, dtype: torch.dtype | None = None) -> int:
+    """Write a Diffusers folder from a checkpoint's iteration folder; dtype None keeps every tensor's own.
+
+    Returns:
+        The number of transformer tensors.
+    """
+    check_reference(model)
+    architecture = read_architecture(checkpoint)
+    weights = to_diffusers(read_weights(checkpoint), architecture)
+    return write_folder(weights, architecture, model, output_dir, dtype)
+
+
+def check_reference(model: Path) -> None:
+    """Raise ValueError unless `model` has every part that an export takes over."""
+    missing = [name for name in (*PARTS, "model_index.json") if not (model / name).exists()]
+    check(not missing, f"model folder {model} has no {', '.join(missing)}; give a folder that WanPipeline.from_pretrained loads")
+
+
+def write_folder(
+    weights: dict[str, Tensor], architecture: Architecture, model: Path, output_dir: Path, dtype: torch.dtype | None
+) -> int:
+    """Assemble a Diffusers folder: these transformer weights, the other parts of `model`."""
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save_transformer(weights, architecture, output_dir / "transformer")
+    for name in PARTS:
+        shutil.copytree(model / name, output_dir / name, copy_function=_link_or_copy)
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    index["transformer"] = ["diffusers", "WanTransformer3DModel"]
+    (output_dir / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return len(weights)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Hard-link a part's file (a text encoder has 11 GB), or copy it to another file system."""
+    if os.stat(source).st_dev == os.stat(os.path.dirname(target)).st_dev:
+        os.link(os.path.realpath(source), target)
+        return target
+    return shutil.copy2(source, target)
