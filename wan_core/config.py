@@ -174,7 +174,6 @@ class TrainConfig:
                 f"override {text!r} is not key=value; write for example train.train_iters=1000",
             )
 
-
     def resumable(self) -> TrainConfig:
         """This config without the overrides that a resumed run may change: its fingerprint names the run folder."""
         kept = tuple(text for text in self.overrides if not text.partition("=")[0].startswith(RESUMABLE_KEYS))
@@ -218,7 +217,9 @@ class SampleConfig:
         check_num_frames("num_frames", self.num_frames)
         check(self.num_steps >= 1, f"num_steps={self.num_steps} is below 1; WAN 2.1's default is 50")
         check(self.shift > 0, f"shift={self.shift} is not positive; choose 3.0 at 480p or 5.0 at 720p")
-        check(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} is below 1 (1 = no guidance); choose 5.0")
+        check(
+            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} is below 1 (1 = no guidance); choose 5.0"
+        )
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,9 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         check(self.nodes >= 1, f"nodes={self.nodes} is below 1; choose 1")
-        check(self.processes_per_node >= 1, f"processes_per_node={self.processes_per_node} is below 1; choose 1 per GPU")
+        check(
+            self.processes_per_node >= 1, f"processes_per_node={self.processes_per_node} is below 1; choose 1 per GPU"
+        )
         check(
             self.launcher != "local" or self.nodes == 1,
             f"launcher='local' cannot start nodes={self.nodes}; choose launcher='ray' or 'slurm', or nodes=1",

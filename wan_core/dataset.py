@@ -36,16 +36,16 @@ class WanDatasetProvider(DatasetProvider):
             ValueError: no dataset was given, or it is not indexed.
         """
         parallel = Parallel.current()
+        rank, ranks, validates = parallel.dp_rank, parallel.dp, context.valid_samples > 0
         if self.mock:
             mock = SyntheticConfig(shapes=self.mock_shapes, text_dim=self.mock_text_dim)
-            train, val = (SyntheticLoader(c, parallel.dp_rank, parallel.dp) for c in (mock, mock.validation()))
-            return train, val if context.valid_samples else None, None
+            validation = SyntheticLoader(mock.validation(), rank, ranks) if validates else None
+            return SyntheticLoader(mock, rank, ranks), validation, None
         check(self.path is not None, "no dataset: give dataset.path=DIR (the index stage's output), or --mock")
         config = LoaderConfig(
             str(self.path), self.tokens_per_pack, self.packing_buffer_size, self.shuffle_buffer_size,
             self.caption_dropout, self.num_workers,
         )  # fmt: skip
         group = context.pg_collection.dp if context.pg_collection else None
-        train = PackLoader(config, "train", parallel.dp_rank, parallel.dp, group)
-        val = PackLoader(config, "val", parallel.dp_rank, parallel.dp, group) if context.valid_samples else None
-        return train, val, None
+        train = PackLoader(config, "train", rank, ranks, group)
+        return train, PackLoader(config, "val", rank, ranks, group) if validates else None, None

@@ -78,7 +78,7 @@ class Packing:
 
     @cached_property
     def local_lengths(self) -> tuple[int, ...]:
-        """How many of this rank's tokens use each sample's modulation and text (padding counts as the last sample's)."""
+        """How many of this rank's tokens use each sample's modulation and text; padding uses the last one's."""
         lengths = (*self.lengths[:-1], self.lengths[-1] + self.num_tokens - self.num_real_tokens)
         inside, position = [], 0
         for length in lengths:

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from wan_core.config import (
-    EncodeConfig, EvaluateConfig, PipelineConfig, SampleConfig, ShardConfig, Size, TrainConfig, check,
+    EncodeConfig,
+    EvaluateConfig,
+    PipelineConfig,
+    SampleConfig,
+    ShardConfig,
+    Size,
+    TrainConfig,
+    check,
 )  # fmt: skip
 
 PROMPTS = (

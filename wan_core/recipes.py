@@ -16,8 +16,16 @@ from typing import Any
 import torch
 import yaml
 from megatron.bridge.training.config import (
-    CheckpointConfig, ConfigContainer, DistributedDataParallelConfig, DistributedInitConfig, LoggerConfig,
-    OptimizerConfig, RNGConfig, SchedulerConfig, TrainingConfig, ValidationConfig,
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    DistributedInitConfig,
+    LoggerConfig,
+    OptimizerConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TrainingConfig,
+    ValidationConfig,
 )  # fmt: skip
 from megatron.bridge.training.mixed_precision import bf16_mixed
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -186,7 +194,10 @@ def _fitting(owner: Any, name: str, key: str, value: Any) -> Any:
     plain = _plain_types(hint)
     fits = not plain or (type(value) in plain)
     names = ", ".join(sorted(t.__name__ for t in plain))
-    check(fits, f"{key}={value!r} is {type(value).__name__}, but the field takes {names}; the present value is {current!r}")
+    check(
+        fits,
+        f"{key}={value!r} is {type(value).__name__}, but the field takes {names}; the present value is {current!r}",
+    )
     return value
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -135,9 +135,6 @@ class EvaluateRecord(Record):
     report: Path
 
 
-R = TypeVar("R", bound=Record)
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages whose arithmetic enters a result."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}}
@@ -158,7 +155,7 @@ def save_record(record: Record, folder: Path) -> None:
     temporary.rename(folder / RECORD_NAME)
 
 
-def load_record(kind: type[R], folder: Path) -> R:
+def load_record[R: Record](kind: type[R], folder: Path) -> R:
     """Read a folder's record, wherever the folder was moved to.
 
     Raises:
@@ -185,7 +182,7 @@ def list_files(folder: Path) -> dict[str, int]:
     }
 
 
-def find_record(kind: type[R], folder: Path, wanted: str) -> R | None:
+def find_record[R: Record](kind: type[R], folder: Path, wanted: str) -> R | None:
     """The record of a whole output with this fingerprint, or None: absent, another, or a file is gone or altered."""
     if not (folder / RECORD_NAME).is_file():
         return None
@@ -202,7 +199,7 @@ class StageOutput:
         self.config, self.fingerprint, self.started = config, wanted, time.monotonic()
         self.record: Record | None = None
 
-    def finish(self, kind: type[R], **values: Any) -> R:
+    def finish[R: Record](self, kind: type[R], **values: Any) -> R:
         """Make the stage's record; paths in `values` that lie below `path` move to the output folder."""
 
         def moved(value: Any) -> Any:

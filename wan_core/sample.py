@@ -176,7 +176,9 @@ def contact_sheet(videos: Sequence[Path], prompts: Sequence[str], path: Path, co
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="wan_core.sample", description="Sample videos from a checkpoint.")
     result.add_argument("--task", default="t2v-1.3B", help="t2v-1.3B or t2v-14B; checked against the checkpoint")
-    result.add_argument("--checkpoint_dir", type=Path, help="checkpoints of a training run (default: --model's own weights)")
+    result.add_argument(
+        "--checkpoint_dir", type=Path, help="checkpoints of a training run (default: --model's own weights)"
+    )
     result.add_argument("--checkpoint_step", type=int, help="which checkpoint (default: the latest)")
     result.add_argument("--model", type=Path, required=True, help="Diffusers folder: VAE, text encoder, scheduler")
     result.add_argument("--prompts", nargs="+", required=True, help="prompts, or one .txt file with a prompt per line")

@@ -17,8 +17,16 @@ from wan_core.parallel import Parallel
 from wan_core.recipes import WanConfigContainer, build
 from wan_core.step import WanStep
 from wan_core.training_run import (
-    METRICS_NAME, Metrics, append_metrics, check_encoders, claim, fingerprints, forget_record, read_metrics,
-    run_identity, write_record,
+    METRICS_NAME,
+    Metrics,
+    append_metrics,
+    check_encoders,
+    claim,
+    fingerprints,
+    forget_record,
+    read_metrics,
+    run_identity,
+    write_record,
 )  # fmt: skip
 
 
@@ -78,7 +86,12 @@ class MetricsLog(Callback):
 
 
 def run(
-    config: TrainConfig, model: Path | None, dataset: Path | None, run_dir: Path | None, config_file: Path | None, mock: bool
+    config: TrainConfig,
+    model: Path | None,
+    dataset: Path | None,
+    run_dir: Path | None,
+    config_file: Path | None,
+    mock: bool,
 ) -> None:
     """Train until `train_iters`, from the run folder's latest checkpoint if it has one.
 
@@ -90,9 +103,7 @@ def run(
         ValueError: the arguments do not make a run.
     """
     started = time.monotonic()
-    container = build(
-        config, model_dir=model, dataset_dir=dataset, run_dir=run_dir, config_file=config_file, mock=mock
-    )
+    container = build(config, model_dir=model, dataset_dir=dataset, run_dir=run_dir, config_file=config_file, mock=mock)
     run_dir = run_dir or (Path(container.checkpoint.save) if container.checkpoint.save else None)
     if run_dir is None:
         raise ValueError("no output folder: give --run-dir DIR, or checkpoint.save=DIR")

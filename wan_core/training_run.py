@@ -12,7 +12,16 @@ from typing import Any
 from wan_core.architecture import Architecture
 from wan_core.config import TrainConfig, check, identity
 from wan_core.digests import cached_file_digest, encoder_identity
-from wan_core.records import RECORD_NAME, IndexRecord, TrainRecord, digest, fingerprint, load_record, save_record, versions
+from wan_core.records import (
+    RECORD_NAME,
+    IndexRecord,
+    TrainRecord,
+    digest,
+    fingerprint,
+    load_record,
+    save_record,
+    versions,
+)
 
 METRICS_NAME = "metrics.jsonl"
 IDENTITY_NAME = "identity.json"
@@ -69,8 +78,8 @@ def check_encoders(dataset: Path, model: Path) -> None:
     differing = sorted(key for key in ours if made_with.get(key) != ours[key])
     check(
         not differing,
-        f"dataset {dataset} was encoded with another {', '.join(key.removesuffix('_digest') for key in differing)} than "
-        f"{model} has; encode the videos with this model, or train the model that the dataset was made for",
+        f"dataset {dataset} was encoded with another {', '.join(key.removesuffix('_digest') for key in differing)} "
+        f"than {model} has; encode the videos with this model, or train the model that the dataset was made for",
     )
 
 

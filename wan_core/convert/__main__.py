@@ -1,7 +1,7 @@
 """Convert between Diffusers folders and Megatron checkpoints.
 
-    python -m wan_core.convert import --hf-model DIFFUSERS_DIR --megatron-path CHECKPOINTS
-    python -m wan_core.convert export --hf-model DIFFUSERS_DIR --megatron-path CHECKPOINTS --hf-path NEW_DIFFUSERS_DIR
+python -m wan_core.convert import --hf-model DIFFUSERS_DIR --megatron-path CHECKPOINTS
+python -m wan_core.convert export --hf-model DIFFUSERS_DIR --megatron-path CHECKPOINTS --hf-path NEW_DIFFUSERS_DIR
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="Diffusers transformer to a Megatron checkpoint")
     exporting = commands.add_parser("export", help="Megatron checkpoint to a complete Diffusers folder")
     for command in (importing, exporting):
-        command.add_argument("--hf-model", type=Path, required=True, help="Diffusers folder; when exporting, the source "
-                             "of everything but the transformer")  # fmt: skip
-        command.add_argument("--megatron-path", type=Path, required=True, help="folder of checkpoints (checkpoint.save)")
+        command.add_argument(
+            "--hf-model", type=Path, required=True, help="Diffusers folder, also the source of all parts"
+        )
+        command.add_argument("--megatron-path", type=Path, required=True, help="checkpoints (checkpoint.save)")
     exporting.add_argument("--hf-path", type=Path, required=True, help="the Diffusers folder to write")
     exporting.add_argument("--iteration", type=int, help="which checkpoint (default: the latest)")
     return result

@@ -26,7 +26,10 @@ def iteration_dir(path: Path, iteration: int | None = None) -> Path:
         return path
     tracker = path / "latest_checkpointed_iteration.txt"
     if iteration is None:
-        check(tracker.is_file(), f"{path} holds no checkpoint ({tracker.name} is missing); give the folder of checkpoint.save")
+        check(
+            tracker.is_file(),
+            f"{path} holds no checkpoint ({tracker.name} is missing); give the folder of checkpoint.save",
+        )
         iteration = int(tracker.read_text())
     folder = path / f"iter_{iteration:07d}"
     found = ", ".join(sorted(p.name.removeprefix("iter_").lstrip("0") or "0" for p in path.glob("iter_*"))) or "none"

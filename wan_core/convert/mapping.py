@@ -107,7 +107,8 @@ def to_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> d
     """
     pairs = _pairs(architecture)
     _check_names("megatron", weights, set(pairs))
-    heads, result = architecture.num_attention_heads, {}
+    heads = architecture.num_attention_heads
+    result: dict[str, Tensor] = {}
     for ours, theirs in pairs.items():
         weight = weights[ours]
         if len(theirs) > 1:

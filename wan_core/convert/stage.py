@@ -56,7 +56,10 @@ def export(checkpoint: Path, model: Path, output_dir: Path, dtype: torch.dtype |
 def check_reference(model: Path) -> None:
     """Raise ValueError unless `model` has every part that an export takes over."""
     missing = [name for name in (*PARTS, "model_index.json") if not (model / name).exists()]
-    check(not missing, f"model folder {model} has no {', '.join(missing)}; give a folder that WanPipeline.from_pretrained loads")
+    check(
+        not missing,
+        f"model folder {model} has no {', '.join(missing)}; give a folder that WanPipeline.from_pretrained loads",
+    )
 
 
 def write_folder(

@@ -27,7 +27,9 @@ class DiffusersWeights(Mapping[str, Tensor]):
     def __init__(self, model_dir: Path) -> None:
         folder = model_dir / "transformer"
         files = sorted(folder.glob("*.safetensors"))
-        check(bool(files), f"{folder} holds no .safetensors file; give the folder that WanPipeline.from_pretrained loads")
+        check(
+            bool(files), f"{folder} holds no .safetensors file; give the folder that WanPipeline.from_pretrained loads"
+        )
         self._where: dict[str, Path] = {}
         for path in files:
             with safe_open(path, "pt") as file:
@@ -52,7 +54,9 @@ def load_into(model: WanModel, model_dir: Path) -> None:
         ValueError: the folder's architecture is not the model's, or tensors are missing.
     """
     found, expected = Architecture.from_diffusers(model_dir), model.config.architecture
-    check(found == expected, f"{model_dir} holds {found}, but the model is {expected}; give the weights that belong to it")
+    check(
+        found == expected, f"{model_dir} holds {found}, but the model is {expected}; give the weights that belong to it"
+    )
     weights, parallel = DiffusersWeights(model_dir), model.parallel
     parameters = dict(model.named_parameters())
     for name, weight in from_diffusers(weights, expected, only=parameters.keys()):
@@ -74,5 +78,7 @@ def save_transformer(weights: Mapping[str, Tensor], architecture: Architecture, 
     )  # fmt: skip
     with torch.device("meta"):
         config = WanTransformer3DModel(**architecture.to_diffusers()).config
-    text = json.dumps({"_class_name": "WanTransformer3DModel", **{k: v for k, v in config.items() if k[0] != "_"}}, indent=2)
+    text = json.dumps(
+        {"_class_name": "WanTransformer3DModel", **{k: v for k, v in config.items() if k[0] != "_"}}, indent=2
+    )
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")

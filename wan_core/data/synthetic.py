@@ -42,12 +42,8 @@ class SyntheticConfig:
             latents = torch.randn(self.channels, *map(int, shape.split("x")), generator=generator)
             text = torch.randn(self.text_length, self.text_dim, generator=generator)
             key = f"{number:08d}-{index}"
-            samples.append(
-                TrainingSample(
-                    __key__=key, __restore_key__=(), __subflavors__={}, latents=latents, text_embeds=text,
-                    seed=random_seed(generator),
-                )  # fmt: skip
-            )
+            identity = {"__key__": key, "__restore_key__": (), "__subflavors__": {}}
+            samples.append(TrainingSample(**identity, latents=latents, text_embeds=text, seed=random_seed(generator)))
         return Pack.of(samples)
 
 

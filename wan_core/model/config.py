@@ -82,8 +82,8 @@ def check_layout(config: TransformerConfig) -> None:
     ulysses = config.cp_comm_type in (None, "a2a")
     check(
         not ulysses or heads % (tp * cp) == 0,
-        f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x context_parallel_size={cp}, "
-        f"which exchanges heads; choose a product among {divisors}",
+        f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x "
+        f"context_parallel_size={cp}, which exchanges heads; choose a product among {divisors}",
     )
     check(
         config.ffn_hidden_size is None or config.ffn_hidden_size % tp == 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
-        h, place = config.hidden_size, {"dtype": torch.float32, "device": config.device}
+        h = config.hidden_size
+        place: dict[str, Any] = {"dtype": torch.float32, "device": config.device}
         self.freq_dim = config.freq_dim
         self.linear_1 = nn.Linear(config.freq_dim, h, **place)
         self.linear_2 = nn.Linear(h, h, **place)
@@ -42,7 +44,8 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: WanTransformerConfig) -> None:
         super().__init__()
-        h, place = config.hidden_size, {"dtype": config.params_dtype, "device": config.device}
+        h = config.hidden_size
+        place: dict[str, Any] = {"dtype": config.params_dtype, "device": config.device}
         self.linear_1 = nn.Linear(config.text_dim, h, **place)
         self.linear_2 = nn.Linear(h, h, **place)
 

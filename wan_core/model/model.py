@@ -45,6 +45,8 @@ class Head(nn.Module):
 class WanModel(MegatronModule):
     """One pipeline stage of the transformer; the whole of it without pipeline parallelism."""
 
+    share_embeddings_and_output_weights = False  # megatron's pipeline asks every model
+
     def __init__(self, config: WanTransformerConfig, parallel: Parallel | None = None) -> None:
         super().__init__(config)
         self.parallel = parallel = parallel or Parallel.current(config.sequence_parallel)
@@ -87,7 +89,11 @@ class WanModel(MegatronModule):
             x = self.input_tensor.squeeze(1)
         for layer, recompute in self._layers_to_run():
             inputs = (x, modulation, text, rotary, sample_index, packing)
-            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else layer(*inputs)
+            x = (
+                checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else layer(*inputs)
+            )
         if not self.post_process:
             return x.unsqueeze(1)
         velocity = self.head(x, embedding, sample_index)
@@ -168,6 +174,7 @@ class WanModel(MegatronModule):
             if name != "layers":
                 state.update(_replicated(module, f"{prefix}{name}.", self.parallel, name + "." in EMBEDDERS))
         for number, layer in self.layers.items():
+            assert isinstance(layer, WanLayer)
             state.update(layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata))
         return {key: value for key, value in state.items() if not key.endswith("_extra_state")}  # TE's FP8 state
 

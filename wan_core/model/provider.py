@@ -36,7 +36,8 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
         """
         check(
             self.virtual_pipeline_model_parallel_size is None,
-            f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} is not supported; leave it out",
+            f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} is not supported; "
+            "leave it out",
         )
         WanTransformerConfig.__post_init__(self)
 

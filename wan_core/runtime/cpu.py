@@ -1,8 +1,8 @@
 """Megatron-Bridge's training loop on a host without CUDA.
 
-Megatron asks torch.cuda for devices, streams, memory and random state, and Bridge imports GPU-only packages. `install()`
-answers those calls with the CPU, so that the very loop that trains on GPUs runs under gloo: for the demo, and for
-tests of every parallel layout. It does nothing where a CUDA device exists.
+Megatron asks torch.cuda for devices, streams, memory and random state, and Bridge imports GPU-only packages.
+`install()` answers those calls with the CPU, so that the very loop that trains on GPUs runs under gloo: for the demo,
+and for tests of every parallel layout. It does nothing where a CUDA device exists.
 
 Call it before megatron.bridge is imported.
 """
@@ -35,7 +35,7 @@ def install() -> None:
     install.done = True  # type: ignore[attr-defined]
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling megatron's small fusions takes 20 s and gains nothing
     warnings.filterwarnings("ignore", module="megatron|modelopt")  # a page about absent GPU packages
-    import megatron.core.extensions.transformer_engine  # noqa: F401  (before the placeholders: it asks whether TE exists)
+    import megatron.core.extensions.transformer_engine
 
     with _placeholders():
         import megatron.bridge.training.config
@@ -122,7 +122,8 @@ def _answer_cuda_calls() -> None:
     answers: dict[str, Any] = {
         "current_device": lambda: CPU, "device_count": lambda: 1, "set_device": nothing, "synchronize": nothing,
         "empty_cache": nothing, "reset_peak_memory_stats": nothing, "set_stream": nothing,
-        "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed, "memory_stats": lambda *_, **__: collections.defaultdict(int),
         "memory_allocated": zero, "max_memory_allocated": zero, "memory_reserved": zero, "max_memory_reserved": zero,
         "Stream": _Stream, "Event": _Event, "current_stream": lambda *_: stream, "default_stream": lambda *_: stream,
