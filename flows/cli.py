@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from flows.demo import make_inputs
 from flows.inputs import checked_model, checked_videos, given_or_newest
 from flows.overrides import apply_overrides, sentence
 from flows.terminal import Display, console, log_to_file, summary
@@ -55,7 +55,7 @@ def configured(recipe: str, overrides: list[str] | None, name: str | None = None
     return apply_overrides(presets.get(recipe), [*(overrides or []), *([f"name={name}"] if name else [])])
 
 
-def execute(workspace: Path, module: str, name: str, **parameters: Any) -> None:
+def execute(workspace: Path, module: str, function: str, /, **parameters: Any) -> None:
     """Run a flow with progress in this terminal, on Prefect's API or on one that lives as long as this command."""
     from flows.server import prefect_api
 
@@ -65,7 +65,7 @@ def execute(workspace: Path, module: str, name: str, **parameters: Any) -> None:
     flow: list[Callable[..., Any]] = []
 
     def load() -> None:
-        flow.append(getattr(import_module(module), name))
+        flow.append(getattr(import_module(module), function))
         from tasks import encode, progress, train  # noqa: F401
 
         progress.watcher = display
@@ -81,18 +81,9 @@ def demo(workspace: WorkspaceOption = WORKSPACE / "demo", refresh: RefreshOption
     """Everything, small: generate clips and a model, then run all seven stages. Needs no GPU and no download."""
     check_stage(refresh)
     config = configured("wan_demo", None)
+    check(not workspace.is_file(), f"workspace={workspace} is a file; give a folder")
     inputs = workspace.absolute() / "input"
-    for folder, module, function in (
-        (inputs / "videos", "wan_core.demo.videos", "make_videos"),
-        (inputs / "model", "wan_core.demo.model", "make_model"),
-    ):
-        if not folder.exists():
-            console.print(f"making {folder}", soft_wrap=True)
-            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            getattr(import_module(module), function)(temporary)
-            temporary.rename(folder)
+    make_inputs(inputs)
     execute(
         workspace, "flows.end_to_end", "end_to_end",
         config=config, videos=inputs / "videos", model=inputs / "model", refresh=refresh,
@@ -282,7 +273,7 @@ def presets() -> None:
     from wan_core import presets as known
 
     table = Table("recipe", "clips", "trainer overrides", "where", box=None, header_style="bold")
-    for name in known.NAMES:
+    for name in known.PRESETS:
         config = known.get(name)
         sizes = ", ".join(map(str, config.encode.sizes))
         where = (

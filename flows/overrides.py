@@ -49,8 +49,8 @@ def _value(key: str, hint: Any, text: str) -> Any:
     several = get_args(hint)[:1] in ((Size,), (str,)) and get_args(hint)[-1] is ...
     if hint is str:
         return text
-    if several and isinstance(value, str):
-        value = value.split(",") if get_args(hint)[0] is Size else [value]
+    if several and not isinstance(value, list):
+        value = text.split(",") if get_args(hint)[0] is Size else [text]
     if hint is Size:
         return asdict(Size.parse(str(value)))
     if several and get_args(hint)[0] is Size:

@@ -92,8 +92,8 @@ def prefect_api(workspace: Path, meanwhile: Callable[[], object] = lambda: None)
     """The API's URL, for as long as the block lasts.
 
     Args:
-        meanwhile: called while the server starts, which takes 5 to 20 s: the place for imports. Nothing may import
-            Prefect before.
+        meanwhile: called while the server starts, which takes 5 to 20 s: the place for imports. A Prefect
+            that was imported before keeps its logging.
     """
     configure(workspace)
     given = os.environ.get("PREFECT_API_URL")
@@ -101,18 +101,30 @@ def prefect_api(workspace: Path, meanwhile: Callable[[], object] = lambda: None)
         meanwhile()
         yield given
         return
-    assert "prefect" not in sys.modules, "Prefect reads its settings when imported, which was too early"
+    imported = "prefect" in sys.modules
     server = Server(workspace)
+    url = f"{server.url}/api"
     try:
-        os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+        os.environ["PREFECT_API_URL"] = url
         meanwhile()
         server.wait()
-        yield f"{server.url}/api"
+        if imported:
+            _reread_settings()
+        yield url
     finally:
         if "prefect" in sys.modules:
             _drain()
         server.stop()
         del os.environ["PREFECT_API_URL"]
+        if imported:
+            _reread_settings()
+
+
+def _reread_settings() -> None:
+    """Prefect reads the environment when it is imported; here it does so again."""
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
 
 
 def _drain() -> None:

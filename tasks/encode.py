@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
+from tasks import progress
 from tasks.errors import retrying_helps
 from tasks.progress import Progress
 from tasks.stage import Target, Workspace, forget, stage_task
@@ -79,8 +81,10 @@ def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: P
 
     folder = workspace.folder("encode", stage.settings_fingerprint(config, model))
     target = workspace.target("encode", EncodeRecord, stage.stage_fingerprint(config, videos, model), folder)
-    if target.found() and not target.refresh:
+    if target.find() and not target.refresh:
         return workspace.make(encode_task, target, config=config, plan=None)
+    started = time.monotonic()
+    progress.watcher.started("encode", folder)
     with workspace.alone(target):
         if target.refresh:
             forget(folder)
@@ -88,4 +92,4 @@ def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: P
         if plan.parts:
             runner = ThreadPoolTaskRunner(max_workers=ray.actors * THREADS_PER_ACTOR)
             encode_parts.with_options(task_runner=runner)(plan, config, ray, videos, model, folder)
-        return workspace.make(encode_task, replace(target, refresh=False), config=config, plan=plan)
+        return workspace.make(encode_task, replace(target, refresh=False), started=started, config=config, plan=plan)

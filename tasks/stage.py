@@ -50,8 +50,9 @@ class Target:
         """Where Prefect keeps its result: a hidden file, one per fingerprint and folder."""
         return str(self.folder / f".prefect-{digest([self.fingerprint, str(self.folder)])[:16]}")
 
-    def found(self) -> bool:
-        return find_record(self.kind, self.folder, self.fingerprint) is not None
+    def find(self) -> Any:
+        """The record of the whole output (of type `kind`), or None."""
+        return find_record(self.kind, self.folder, self.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], T
         def attempt(target: Target, **arguments: Any) -> R:
             if target.refresh and prefect.runtime.task_run.run_count <= 1:  # what an earlier attempt did stays
                 forget(target.folder)
+            if found := target.find():  # Prefect's result was lost, or the workspace moved
+                return found
             record = work(target, **arguments)
             publish(record)
             return record
@@ -162,12 +165,17 @@ class Workspace:
         return stage_task.with_options(
             cache_policy=self.cache_policy,
             result_storage=self.root,
-            refresh_cache=target.refresh or (Path(target.result_key).exists() and not target.found()),
+            refresh_cache=target.refresh or (Path(target.result_key).exists() and target.find() is None),
         )
 
-    def make(self, stage_task: Task[..., R], target: Target, **arguments: Any) -> R:
-        """Run a stage's task, or find its output, and note the outcome."""
-        started, reused = time.monotonic(), target.found() and not target.refresh
+    def make(self, stage_task: Task[..., R], target: Target, *, started: float | None = None, **arguments: Any) -> R:
+        """Run a stage's task, or find its output, and note the outcome.
+
+        Args:
+            started: `time.monotonic()` of the work before the task that belongs to the stage; None if there is none.
+        """
+        reused = target.find() is not None and not target.refresh and started is None
+        started = started or time.monotonic()
         progress.watcher.started(stage_task.name, target.folder)
         record = self.bound(stage_task, target)(target=target, **arguments)
         outcome = Outcome(record, reused, time.monotonic() - started)

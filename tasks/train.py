@@ -14,7 +14,7 @@ from tasks.progress import Progress
 from tasks.stage import Target, Workspace, stage_task
 from tasks.workers import ray_session
 from wan_core.config import LaunchConfig, RayConfig, TrainConfig
-from wan_core.records import IndexRecord, TrainRecord, find_record, load_record
+from wan_core.records import IndexRecord, TrainRecord, load_record
 
 
 class Metrics:
@@ -50,8 +50,6 @@ def train_task(
     target: Target, config: TrainConfig, dataset: Path, model: Path, launch_config: LaunchConfig, ray_config: RayConfig
 ) -> TrainRecord:
     """Train until `train_iters` is reached; rank 0 writes the record."""
-    if found := find_record(TrainRecord, target.folder, target.fingerprint):
-        return found
     target.folder.mkdir(parents=True, exist_ok=True)
     logger, metrics = get_run_logger(), Metrics(target.folder / "metrics.jsonl")
     arguments = [

@@ -1,0 +1,98 @@
+"""The command as a user runs it; each case is a process of its own that must end before any work starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
+
+
+def wan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*WAN, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("cli")
+    for name in ("videos", "model/vae", "model/tokenizer", "whole/vae", "whole/text_encoder", "whole/tokenizer"):
+        (root / name).mkdir(parents=True)
+    (root / "whole/transformer").mkdir()
+    return {name: str(root / name) for name in ("videos", "model", "whole", "workspace", "nowhere")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("run --videos {nowhere} --model {whole} --recipe wan_demo -w {workspace}", "is not a folder"),
+        ("run --videos {videos} --model {model} --recipe wan_demo -w {workspace}", "lacks text_encoder/, transformer/"),
+        ("run --videos {videos} --model {whole} --recipe wan_9b -w {workspace}", "'wan_9b' does not exist; choose one"),
+        ("run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} encode.fsp=8", "mean encode.fps?"),
+        ("demo -w {workspace} --refresh shards", "names no stage; choose one of encode, shard"),
+        ("shard --recipe wan_demo -w {workspace}", "has no finished output named demo; run `wan encode` first"),
+        ("ui -w {workspace}", "does not exist; run something in"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence_and_starts_nothing(
+    folders: dict[str, str], arguments: str, words: str
+) -> None:
+    done = wan(*arguments.format(**folders).split())
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path(folders["workspace"]).exists()
+
+
+def test_interrupt_stops_the_server_and_all_else(tmp_path: Path, tiny_model: Path) -> None:
+    """Ctrl-C reaches the foreground process group; what the command started must end with it."""
+    code = """
+import sys, time
+from pathlib import Path
+from flows import cli
+import types
+module = types.ModuleType("waiting")
+def waiting(workspace):
+    import subprocess
+    from tasks.process import Process
+    child = Process([sys.executable, "-c", "import time; time.sleep(300)"], {}, workspace / "child.log")
+    (workspace / "ready").touch()
+    try:
+        time.sleep(300)
+    finally:
+        child.stop()
+module.waiting = waiting
+sys.modules["waiting"] = module
+cli.app = lambda: cli.execute(Path(sys.argv[1]), "waiting", "waiting")
+cli.main()
+"""
+    mark = "cli-test"
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.getcwd(), "OUTER_MARK": mark},
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (tmp_path / "ready").exists() and time.monotonic() < end and command.poll() is None:
+        time.sleep(0.2)
+    assert (tmp_path / "ready").exists()
+    assert len(_with_environment(f"OUTER_MARK={mark}")) >= 3  # the command, the server, the child
+    os.killpg(command.pid, signal.SIGINT)
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == 130 and "error: interrupted" in said and "Traceback" not in said
+    assert _with_environment(f"OUTER_MARK={mark}") == []
+
+
+def _with_environment(entry: str) -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if entry.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found

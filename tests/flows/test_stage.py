@@ -1,0 +1,129 @@
+"""The machinery that every stage's task shares, on three small real stages and a real Prefect server."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from prefect import flow
+
+from tasks.errors import LaunchError
+from tasks.stage import Target, Workspace, stage_task
+from wan_core.config import ConvertConfig, IndexConfig, ShardConfig, Stage
+from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record, writing
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+ran: list[str] = []  # what worked, in order
+
+
+@stage_task("shard")
+def shard_task(target: Target, config: ShardConfig, pause: float, failures: list[Exception]) -> ShardRecord:
+    ran.append("shard")
+    time.sleep(pause)
+    if failures:
+        raise failures.pop(0)
+    with writing("shard", target.folder, config, target.fingerprint) as output:
+        (output.path / "train-000.tar").write_text("bytes")
+        return output.finish(ShardRecord, num_samples={"train": 1}, shards={"train-000.tar": 1}, encoder={})
+
+
+@stage_task("index")
+def index_task(target: Target, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
+    ran.append("index")
+    with writing("index", target.folder, config, target.fingerprint) as output:
+        shutil.copy(sharded.path / "train-000.tar", output.path)
+        return output.finish(IndexRecord, num_samples=sharded.num_samples, encoder={})
+
+
+@stage_task("convert")
+def convert_task(target: Target, config: ConvertConfig, indexed: IndexRecord) -> ConvertRecord:
+    ran.append("convert")
+    with writing("convert", target.folder, config, target.fingerprint) as output:
+        shutil.copy(indexed.path / "train-000.tar", output.path / "model")
+        return output.finish(ConvertRecord, iteration=1, num_tensors=1)
+
+
+@flow
+def three(
+    root: Path, refresh: Stage | None = None, seed: int = 0, pause: float = 0.0, failures: tuple[Exception, ...] = ()
+) -> Workspace:
+    run, config = Workspace(root, "t", refresh), ShardConfig(seed=seed)
+    target = run.target("shard", ShardRecord, fingerprint("shard", config))
+    sharded = run.make(shard_task, target, config=config, pause=pause, failures=list(failures))
+    target = run.target("index", IndexRecord, fingerprint("index", IndexConfig(), shard=sharded.fingerprint))
+    indexed = run.make(index_task, target, config=IndexConfig(), sharded=sharded)
+    target = run.target("convert", ConvertRecord, fingerprint("convert", ConvertConfig(), index=indexed.fingerprint))
+    run.make(convert_task, target, config=ConvertConfig(), indexed=indexed)
+    return run
+
+
+def work(root: Path, **parameters: object) -> tuple[list[str], Workspace]:
+    """What this run worked on, and its outcomes."""
+    ran.clear()
+    return_value = three.with_options(validate_parameters=False)(root, **parameters)
+    return list(ran), return_value
+
+
+def test_a_second_run_works_on_nothing(tmp_path: Path) -> None:
+    assert work(tmp_path)[0] == ["shard", "index", "convert"]
+    again, run = work(tmp_path)
+    assert again == [] and [outcome.reused for outcome in run.outcomes] == [True] * 3
+    assert work(tmp_path, seed=1)[0] == ["shard", "index", "convert"]
+    assert work(tmp_path)[0] == []
+
+
+def test_refresh_runs_a_stage_and_what_depends_on_it(tmp_path: Path) -> None:
+    work(tmp_path)
+    shard_folder = next((tmp_path / "shard").glob("t-*"))
+    written = (shard_folder / "record.json").stat().st_mtime_ns
+    again, run = work(tmp_path, refresh="index")
+    assert again == ["index", "convert"] and [outcome.reused for outcome in run.outcomes] == [True, False, False]
+    assert (shard_folder / "record.json").stat().st_mtime_ns == written
+
+
+def test_outputs_that_are_gone_or_altered_are_made_again(tmp_path: Path) -> None:
+    _, run = work(tmp_path)
+    sharded, indexed, converted = (outcome.record.path for outcome in run.outcomes)
+    (converted / "model").write_text("altered")
+    assert work(tmp_path)[0] == ["convert"]
+    (indexed / "train-000.tar").unlink()
+    assert work(tmp_path)[0] == ["index"]
+    shutil.rmtree(sharded)
+    assert work(tmp_path)[0] == ["shard"]
+    assert (converted / "model").read_text() == "bytes"
+
+
+def test_the_record_on_disk_is_enough(tmp_path: Path) -> None:
+    """Prefect's results lost, the outputs moved to another folder: the stages find what is there."""
+    _, run = work(tmp_path / "old")
+    for path in (tmp_path / "old").rglob(".prefect-*"):
+        path.unlink()
+    moved = tmp_path / "new"
+    (tmp_path / "old").rename(moved)
+    again, run = work(moved)
+    assert [outcome.reused for outcome in run.outcomes] == [True] * 3
+    assert again == []
+    assert all(outcome.record.path.is_relative_to(moved) for outcome in run.outcomes)
+    assert work(moved)[0] == []
+
+
+def test_two_runs_at_once_work_once(tmp_path: Path) -> None:
+    ran.clear()
+    runs = [threading.Thread(target=three, args=(tmp_path,), kwargs={"pause": 3.0}) for _ in range(2)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert ran == ["shard", "index", "convert"]
+
+
+def test_only_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_task, "retry_delay_seconds", [0.1, 0.1])
+    lost = LaunchError("a rank was killed", retry=True)
+    with pytest.raises(ValueError, match="is below 1"):
+        work(tmp_path, failures=(ValueError("steps=0 is below 1; choose 1"), lost))
+    assert ran == ["shard"]
+    assert load_record(ShardRecord, work(tmp_path, seed=2)[1].outcomes[0].record.path).num_samples == {"train": 1}
