@@ -1,0 +1,133 @@
+"""What a demo clip shows, read from its pixels alone: colour, shape and direction of the one thing that stands out."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+
+from wan_core.config import check
+from wan_core.demo.videos import COLOURS, DIRECTIONS, SHAPES, coverage
+
+MIN_CONTRAST = 40.0  # 0 to 255: what differs less from the background is no shape
+MIN_AREA = 16.0  # pixels
+MIN_DRIFT = 3.0  # pixels from the first to the last frame
+MAX_WHITE_SATURATION = 0.4  # HSV; the demo's colours have 0.77 and more
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the checker saw; None where nothing can be told."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+
+
+def parse_caption(text: str) -> Seen:
+    """The colour, shape and direction that a caption asks for: its first word of each kind.
+
+    Raises:
+        ValueError: the caption lacks one of them.
+    """
+    words = text.lower().replace(",", " ").replace(".", " ").split()
+    found = {}
+    for kind, known in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("direction", tuple(DIRECTIONS))):
+        match = [word for word in words if word in known]
+        check(
+            bool(match),
+            f"prompt {text!r} names no {kind}; checker=shapes needs one of {', '.join(known)}, "
+            "for other prompts choose checker=none",
+        )
+        found[kind] = match[0]
+    return Seen(**found)
+
+
+def check_clip(frames: np.ndarray) -> Seen:
+    """Read a clip.
+
+    The background is the median colour of the border; the foreground is the largest connected region that differs from
+    it by half of the strongest difference. Its mean colour, the best fitting template and the drift of its centre
+    decide.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+    """
+    assert frames.ndim == 4 and frames.shape[-1] == 3, f"frames are {frames.shape}, not [T, H, W, 3]"
+    masks, pixels = _foreground(frames.astype(np.float32))
+    areas = masks.sum(axis=(1, 2))
+    present = areas >= MIN_AREA
+    if not present.any():
+        return Seen(None, None, None)
+    masks, pixels, areas = masks[present], pixels[present], areas[present]
+    y, x = np.mgrid[0 : masks.shape[1], 0 : masks.shape[2]].astype(np.float32)
+    centres = np.stack([(masks * y).sum(axis=(1, 2)), (masks * x).sum(axis=(1, 2))], axis=1) / areas[:, None]
+    mean = (pixels * masks[..., None]).sum(axis=(0, 1, 2)) / areas.sum()
+    return Seen(_colour(mean), _shape(masks, areas, centres), _direction(centres))
+
+
+def _foreground(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Soft masks [T, H, W] of the largest region of each frame, and the frames with their borders' median taken off."""
+    border = np.concatenate(
+        [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], axis=1
+    )  # [T, 2 (H + W), 3]
+    difference = frames - np.median(border, axis=1)[:, None, None]
+    contrast = np.abs(difference).max(axis=-1)
+    # The 98th percentile, not the maximum: a single bright pixel must not decide what counts as bright.
+    strongest = np.maximum(np.percentile(contrast, 98, axis=(1, 2)), MIN_CONTRAST)[:, None, None]
+    # Steeper than the contrast itself: blur moves an outline's half-way level far less than its foot.
+    soft = np.clip(2 * contrast / strongest - 0.5, 0.0, 1.0)
+    return np.stack([mask * _largest_region(mask > 0) for mask in soft]), difference
+
+
+def _largest_region(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected region of a boolean mask [H, W]."""
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:  # each pixel takes the highest label around it until nothing changes
+        padded = np.pad(labels, 1)
+        around = np.maximum.reduce([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:], labels])
+        spread = np.where(mask, around, 0)
+        if np.array_equal(spread, labels):
+            break
+        labels = spread
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return (labels == counts.argmax()) & mask
+
+
+def _colour(mean: np.ndarray) -> str:
+    """The known colour of nearest hue, or white where there is hardly any."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*np.clip(mean / 255, 0, 1))
+    if saturation < MAX_WHITE_SATURATION:
+        return "white"
+
+    def distance(name: str) -> float:
+        apart = abs(hue - colorsys.rgb_to_hsv(*(value / 255 for value in COLOURS[name]))[0])
+        return min(apart, 1 - apart)
+
+    return min((name for name in COLOURS if name != "white"), key=distance)
+
+
+def _shape(masks: np.ndarray, areas: np.ndarray, centres: np.ndarray) -> str:
+    """The shape whose template of equal area and centre differs least from the masks [T, H, W]."""
+    y, x = np.mgrid[0 : masks.shape[1], 0 : masks.shape[2]].astype(np.float32)
+    # Area of each shape of radius 1; a template's radius follows from the area seen.
+    unit_area = {"circle": np.pi, "square": 1.76**2, "triangle": 3 * 3**0.5 / 4 * 1.25**2}
+    error = dict.fromkeys(SHAPES, 0.0)
+    for mask, area, (centre_y, centre_x) in zip(masks, areas, centres, strict=True):
+        for shape in SHAPES:
+            template = coverage(shape, y - centre_y, x - centre_x, float(np.sqrt(area / unit_area[shape])))
+            error[shape] += float(np.square(mask - template).sum() / area)
+    return min(SHAPES, key=lambda shape: error[shape])
+
+
+def _direction(centres: np.ndarray) -> str | None:
+    """The direction nearest to the drift of the centres [T, 2] (y, x): slope of a line through all of them."""
+    if len(centres) < 2:
+        return None
+    time = np.arange(len(centres)) - (len(centres) - 1) / 2
+    drift = (time[:, None] * centres).sum(axis=0) / np.square(time).sum() * (len(centres) - 1)
+    if np.abs(drift).max() < MIN_DRIFT:
+        return None
+    return max(DIRECTIONS, key=lambda name: float(np.dot(drift, DIRECTIONS[name])))
