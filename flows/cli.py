@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,10 @@ app = typer.Typer(
     "[cyan]train.train_iters=1000 optimizer.lr=1e-5[/] go to the trainer. `wan presets` lists the recipes.",
 )  # fmt: skip
 
+EVERY_STAGE = (
+    "wan_core.encode.stage", "wan_core.data.shards", "wan_core.data.index", "wan_core.training_run",
+    "wan_core.convert.stage", "wan_core.sample", "wan_core.evaluate",
+)  # fmt: skip
 STAGE_PANEL = "Stages, one at a time"
 WorkspaceOption = Annotated[
     Path, typer.Option("--workspace", "-w", help="Folder that gets all outputs.", file_okay=False, show_default=True)
@@ -55,25 +60,55 @@ def configured(recipe: str, overrides: list[str] | None, name: str | None = None
     return apply_overrides(presets.get(recipe), [*(overrides or []), *([f"name={name}"] if name else [])])
 
 
-def execute(workspace: Path, module: str, function: str, /, **parameters: Any) -> None:
-    """Run a flow with progress in this terminal, on Prefect's API or on one that lives as long as this command."""
+def execute(workspace: Path, module: str, function: str, /, *needed: str, **parameters: Any) -> None:
+    """Run a flow with progress in this terminal, on Prefect's API or on one that lives as long as this command.
+
+    Args:
+        needed: modules that the flow will import, imported while the server starts.
+    """
     from flows.server import prefect_api
 
     check(not workspace.is_file(), f"workspace={workspace} is a file; give a folder")
     started, workspace = time.monotonic(), workspace.absolute()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: everything started here is stopped
     flow: list[Callable[..., Any]] = []
 
     def load() -> None:
         flow.append(getattr(import_module(module), function))
-        from tasks import encode, progress, train  # noqa: F401
+        for stage in needed:
+            import_module(stage)
+        from tasks import progress
 
         progress.watcher = display
         log_to_file(workspace / "logs" / "wan.log")
 
-    with Display() as display, prefect_api(workspace, meanwhile=load):
-        outcomes = flow[0](workspace=workspace, **parameters)
+    try:
+        with stopped_once(), Display() as display, prefect_api(workspace, meanwhile=load):
+            outcomes = flow[0](workspace=workspace, **parameters)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; everything that this command started was stopped") from None
     summary(outcomes, workspace, time.monotonic() - started)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after all was stopped. Not a KeyboardInterrupt, which Click would turn into `Aborted!`."""
+
+
+@contextlib.contextmanager
+def stopped_once() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C does, and a second signal does not break off the stopping."""
+
+    def stop(number: int, frame: object) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        console.print("stopping ...")
+        raise KeyboardInterrupt
+
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 @app.command()
@@ -85,7 +120,7 @@ def demo(workspace: WorkspaceOption = WORKSPACE / "demo", refresh: RefreshOption
     inputs = workspace.absolute() / "input"
     make_inputs(inputs)
     execute(
-        workspace, "flows.end_to_end", "end_to_end",
+        workspace, "flows.end_to_end", "end_to_end", *EVERY_STAGE,
         config=config, videos=inputs / "videos", model=inputs / "model", refresh=refresh,
     )  # fmt: skip
 
@@ -104,7 +139,7 @@ def run(
     check_stage(refresh)
     config = configured(recipe, overrides, name)
     execute(
-        workspace, "flows.end_to_end", "end_to_end",
+        workspace, "flows.end_to_end", "end_to_end", *EVERY_STAGE,
         config=config, videos=checked_videos(videos), model=checked_model(model), refresh=refresh,
     )  # fmt: skip
 
@@ -291,8 +326,8 @@ def main() -> None:
         fail(sentence(error), 2)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error), 2)
-    except KeyboardInterrupt:
-        fail("interrupted; everything that this command started was stopped", 130)
+    except Interrupted as error:
+        fail(str(error), 130)
     except RuntimeError as error:  # LaunchError and its like: the work failed, and the message says how
         fail(str(error), 1)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,12 +101,15 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():  # by the caller, for example a test with several nodes
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.address is None:
         needed = max(os.cpu_count() or 1, round(config.actors * config.cpus_per_actor + 0.5))
         ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     else:
         ray.init(address=config.address, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts a bare sys.exit in its place
     try:
         yield
     finally:

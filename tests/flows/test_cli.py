@@ -49,7 +49,8 @@ def test_a_wrong_command_is_one_sentence_and_starts_nothing(
     assert not Path(folders["workspace"]).exists()
 
 
-def test_interrupt_stops_the_server_and_all_else(tmp_path: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupt_stops_all_that_was_started(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C reaches the foreground process group; what the command started must end with it."""
     code = """
 import sys, time
@@ -57,33 +58,47 @@ from pathlib import Path
 from flows import cli
 import types
 module = types.ModuleType("waiting")
+rank = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(300)"
+
 def waiting(workspace):
-    import subprocess
-    from tasks.process import Process
-    child = Process([sys.executable, "-c", "import time; time.sleep(300)"], {}, workspace / "child.log")
-    (workspace / "ready").touch()
-    try:
-        time.sleep(300)
-    finally:
-        child.stop()
+    from prefect import flow
+    from tasks.launch import launch
+    from tasks.workers import ray_session
+    from wan_core.config import LaunchConfig, RayConfig
+    (workspace / "rank.py").write_text(rank)
+
+    @flow
+    def body():
+        with ray_session(RayConfig()):
+            launch(LaunchConfig(), ["rank", str(workspace / "ready")], workspace / "logs")
+    body()
 module.waiting = waiting
 sys.modules["waiting"] = module
-cli.app = lambda: cli.execute(Path(sys.argv[1]), "waiting", "waiting")
+@cli.app.command()
+def wait(workspace: Path) -> None:
+    cli.execute(workspace, "waiting", "waiting")
+
+sys.argv[1:] = ["wait", sys.argv[1]]
 cli.main()
 """
-    mark = "cli-test"
+    mark = tmp_path.name
+    outside = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     command = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.getcwd(), "OUTER_MARK": mark},
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**outside, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OUTER_MARK": mark},
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     end = time.monotonic() + 120
     while not (tmp_path / "ready").exists() and time.monotonic() < end and command.poll() is None:
         time.sleep(0.2)
     assert (tmp_path / "ready").exists()
-    assert len(_with_environment(f"OUTER_MARK={mark}")) >= 3  # the command, the server, the child
-    os.killpg(command.pid, signal.SIGINT)
-    said = command.communicate(timeout=60)[1]
-    assert command.returncode == 130 and "error: interrupted" in said and "Traceback" not in said
+    assert len(_with_environment(f"OUTER_MARK={mark}")) >= 6  # the command, the server, torchrun, its rank, Ray
+    for _ in range(2):  # the second finds it stopping
+        os.killpg(command.pid, number)
+        time.sleep(0.5)
+    said = command.communicate(timeout=90)[1]
+    assert command.returncode == 130, said
+    assert "error: interrupted" in said and "Traceback" not in said
     assert _with_environment(f"OUTER_MARK={mark}") == []
 
 
