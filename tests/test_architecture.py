@@ -25,7 +25,7 @@ def test_parameters_of_the_published_sizes() -> None:
 
 def test_flops_are_what_torch_counts() -> None:
     architecture = Architecture(64, 160, 4, 3, text_dim=48, freq_dim=64)
-    inputs = Inputs.random(architecture, [(3, 8, 8)])
+    inputs = Inputs.random(architecture, [(3, 8, 8)], short_text=False)
     with layout(backend="gloo"), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model = our_model(reference_model(architecture), architecture)
         with FlopCounterMode(display=False) as counter:

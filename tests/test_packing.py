@@ -10,12 +10,13 @@ import torch
 from wan_core.packing import Packing, first_fit_decreasing
 from wan_core.patch import GridSize, patchify, patchify_output, unpatchify
 
+TEXTS = [torch.zeros(length, 8) for length in (5, 512, 1)]
 GRIDS = (GridSize(3, 4, 4), GridSize(1, 2, 3), GridSize(2, 3, 5))  # 48, 6 and 30 tokens
 
 
 def test_parts_cover_the_pack() -> None:
     """The ranks' shares, put together, are the whole: sample by sample, padding to the last."""
-    whole = Packing.of(GRIDS, multiple=8)
+    whole = Packing.of(GRIDS, TEXTS, multiple=8)
     assert (whole.num_real_tokens, whole.num_tokens) == (84, 88)
     parts = [whole.part(rank, 8) for rank in range(8)]
     device = torch.device("cpu")
@@ -25,18 +26,19 @@ def test_parts_cover_the_pack() -> None:
     for part in parts:
         assert sum(part.local_lengths) == part.num_local_tokens == 11
         assert part.self_segments.q_lengths == (48, 6, 30, 4)  # attention sees the whole sequence on every rank
-        assert part.cross_segments.k_lengths == (512,) * 3
+        assert part.cross_segments.k_lengths == (6, 512, 2)
+        assert part.cross_segments.last_key_counts == (507, 1, 511)  # 512 positions each
 
 
 def test_a_part_of_a_part() -> None:
     """Sequence parallelism cuts a context-parallel rank's share again."""
-    whole = Packing.of(GRIDS, multiple=8)
+    whole = Packing.of(GRIDS, TEXTS, multiple=8)
     assert whole.part(1, 2).part(1, 4) == whole.part(5, 8)
 
 
 def test_cumulative_lengths() -> None:
-    q, k = Packing.of(GRIDS).cross_segments.cu_seqlens(torch.device("cpu"))
-    assert q.tolist() == [0, 48, 54, 84] and k.tolist() == [0, 512, 1024, 1536]
+    q, k = Packing.of(GRIDS, TEXTS).cross_segments.cu_seqlens(torch.device("cpu"))
+    assert q.tolist() == [0, 48, 54, 84] and k.tolist() == [0, 6, 518, 520]
     assert q.dtype == torch.int32
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wan_core.config import TEXT_LENGTH, check
@@ -19,6 +20,7 @@ class Segments:
 
     q_lengths: tuple[int, ...]  # of each segment; 0 is allowed
     k_lengths: tuple[int, ...]
+    last_key_counts: tuple[int, ...] | None = None  # each segment's last key stands for so many equal ones; None: 1
 
     def cu_seqlens(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cumulative lengths of queries and keys, int32 [segments + 1] each."""
@@ -39,20 +41,23 @@ class Packing:
     """
 
     grids: tuple[GridSize, ...]
+    text_lengths: tuple[int, ...]  # true lengths, 1 to 512
     num_tokens: int  # padding included
     start: int = 0  # this rank's tokens are [start, stop)
     stop: int = -1  # set to num_tokens when left at -1
 
     def __post_init__(self) -> None:
         assert self.num_tokens >= self.num_real_tokens > 0, (self.num_tokens, self.num_real_tokens)
+        assert len(self.text_lengths) == len(self.grids), (self.text_lengths, self.grids)
+        assert all(1 <= length <= TEXT_LENGTH for length in self.text_lengths), self.text_lengths
         if self.stop < 0:
             object.__setattr__(self, "stop", self.num_tokens)
 
     @classmethod
-    def of(cls, grids: Sequence[GridSize], multiple: int = 1) -> Packing:
-        """Pack samples of these grids, padded to a multiple of the ranks that share the sequence."""
+    def of(cls, grids: Sequence[GridSize], texts: Sequence[Tensor], multiple: int = 1) -> Packing:
+        """Pack samples of these grids and texts [n, text_dim], padded to a multiple of the ranks that share it."""
         real = sum(grid.num_tokens for grid in grids)
-        return cls(tuple(grids), -(-real // multiple) * multiple)
+        return cls(tuple(grids), tuple(text.shape[0] for text in texts), -(-real // multiple) * multiple)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -74,7 +79,8 @@ class Packing:
         """The contiguous `index`-th of `of` equal parts of this rank's tokens."""
         size, rest = divmod(self.num_local_tokens, of)
         assert rest == 0, (self.num_local_tokens, of)
-        return Packing(self.grids, self.num_tokens, self.start + index * size, self.start + (index + 1) * size)
+        begin = self.start + index * size
+        return replace(self, start=begin, stop=begin + size)
 
     @cached_property
     def local_lengths(self) -> tuple[int, ...]:
@@ -96,8 +102,12 @@ class Packing:
 
     @cached_property
     def cross_segments(self) -> Segments:
-        """Cross-attention of this rank's tokens to each sample's text: all 512 positions, unmasked."""
-        return Segments(self.local_lengths, (TEXT_LENGTH,) * self.num_samples)
+        """Cross-attention of this rank's tokens to each sample's text: all 512 positions, unmasked.
+
+        The positions behind a text are alike, so one row stands for all of them, see `pack_text`.
+        """
+        rows = tuple(min(length + 1, TEXT_LENGTH) for length in self.text_lengths)
+        return Segments(self.local_lengths, rows, tuple(TEXT_LENGTH + 1 - count for count in rows))
 
     def sample_index(self, device: torch.device) -> Tensor:
         """Which sample's modulation each of this rank's tokens uses, int64 [local tokens]."""
@@ -107,6 +117,14 @@ class Packing:
     def loss_mask(self, device: torch.device) -> Tensor:
         """1 for this rank's real tokens, 0 for padding, float32 [local tokens]."""
         return (torch.arange(self.start, self.stop) < self.num_real_tokens).float().to(device, non_blocking=True)
+
+
+def pack_text(texts: Sequence[Tensor]) -> Tensor:
+    """Texts [n, text_dim] as one sequence, each followed by one row of zeros that stands for its padding to 512.
+
+    WAN attends to the padding, so it must count as often as it occurs; it need not be computed as often.
+    """
+    return torch.cat([F.pad(text, (0, 0, 0, int(text.shape[0] < TEXT_LENGTH))) for text in texts])
 
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan_core.config import TEXT_LENGTH, VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, SampleConfig, Size, check
+from wan_core.config import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, SampleConfig, Size, check
 from wan_core.digests import cached_file_digest, encoder_identity
 from wan_core.encode.text import load_text_encoder
 from wan_core.encode.vae import load_vae
 from wan_core.encode.video import write_video
-from wan_core.packing import Packing
+from wan_core.packing import Packing, pack_text
 from wan_core.patch import GridSize, patchify, unpatchify
 from wan_core.records import SampleRecord, find_record, fingerprint, writing
 
@@ -33,8 +33,8 @@ from wan_core.records import SampleRecord, find_record, fingerprint, writing
 class TextPair:
     """A prompt's text and what it is steered away from."""
 
-    prompt: Tensor  # [512, text_dim], zeros behind the text
-    negative: Tensor  # [512, text_dim]
+    prompt: Tensor  # [n <= 512, text_dim]
+    negative: Tensor  # [m <= 512, text_dim]
 
 
 def stage_fingerprint(config: SampleConfig, model: Path) -> str:
@@ -111,8 +111,7 @@ def encode_prompts(config: SampleConfig, model: Path, device: torch.device) -> l
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = load_text_encoder(model, dtype, device)
     texts = encoder.encode([*config.prompts, config.negative_prompt])
-    padded = [torch.nn.functional.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[0])) for text in texts]
-    return [TextPair(text.to(device), padded[-1].to(device)) for text in padded[:-1]]
+    return [TextPair(text.to(device), texts[-1].to(device)) for text in texts[:-1]]
 
 
 @torch.no_grad()
@@ -128,14 +127,14 @@ def denoise(
     scheduler = UniPCMultistepScheduler.from_pretrained(model / "scheduler", flow_shift=config.shift)
     scheduler.set_timesteps(config.num_steps, device=noise.device)
     guided = config.guidance_scale > 1
-    text = torch.stack([t.prompt for t in texts] + [t.negative for t in texts] * guided)
+    text = [t.prompt for t in texts] + [t.negative for t in texts] * guided
     grid = GridSize.of(noise[0])
-    packing = Packing.of([grid] * len(text))
+    packing, rows = Packing.of([grid] * len(text), text), pack_text(text)
     latents = noise
     for timestep in scheduler.timesteps:
         patches = torch.cat([patchify(sample) for sample in latents])
         patches = torch.cat([patches, patches]) if guided else patches
-        output = transformer(patches, timestep.double().expand(len(text)), text, packing).float()
+        output = transformer(patches, timestep.double().expand(len(text)), rows, packing).float()
         velocity = torch.stack([unpatchify(tokens, grid) for tokens in output.split(grid.num_tokens)])
         if guided:
             conditional, unconditional = velocity.chunk(2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from wan_core.config import TEXT_LENGTH
 from wan_core.data.batch import Pack
 from wan_core.flow_matching import NUM_TRAIN_TIMESTEPS, FlowMatchingConfig, add_noise, loss_weights
-from wan_core.packing import Packing
+from wan_core.packing import Packing, pack_text
 from wan_core.parallel import Parallel
 from wan_core.patch import GridSize, patchify, patchify_output
 
@@ -26,16 +26,10 @@ class StepInputs:
     patches: Tensor  # [local tokens, 4 * C] float32
     target: Tensor  # [local tokens, 4 * C] float32, the velocity in the head's feature order
     timesteps: Tensor  # [samples] float64: megatron's bf16 wrapper casts float32 arguments, and would round these
-    text_embeds: Tensor  # [samples, 512, text_dim]
+    text_embeds: Tensor  # [text rows, text_dim], see packing.pack_text
     loss_mask: Tensor  # [local tokens] float32
     token_weights: Tensor  # [local tokens] float32
     packing: Packing  # this rank's share
-
-
-def pad_text(text_embeds: list[Tensor], device: torch.device) -> Tensor:
-    """[n, d] each -> [samples, 512, d]: zeros behind each text."""
-    padded = [F.pad(text, (0, 0, 0, TEXT_LENGTH - text.shape[0])) for text in text_embeds]
-    return torch.stack(padded).to(device, non_blocking=True)
 
 
 def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: torch.device) -> StepInputs:
@@ -45,7 +39,7 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
     """
     latents = [sample.to(device, non_blocking=True) for sample in pack.latents]
     noised = [add_noise(config, sample, seed) for sample, seed in zip(latents, pack.seeds, strict=True)]
-    whole = Packing.of([GridSize.of(sample) for sample in latents], multiple=parallel.sequence_ranks)
+    whole = Packing.of([GridSize.of(sample) for sample in latents], pack.text_embeds, parallel.sequence_ranks)
     packing = whole.part(parallel.cp_rank, parallel.cp)
     padding = (0, 0, 0, whole.num_tokens - whole.num_real_tokens)
     patches = F.pad(torch.cat([patchify(n.noisy_latents) for n in noised]), padding)
@@ -53,7 +47,7 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
     sigmas = torch.stack([n.sigma for n in noised])
     return StepInputs(
         patches=patches[packing.start : packing.stop], target=target[packing.start : packing.stop],
-        timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS, text_embeds=pad_text(pack.text_embeds, device),
+        timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS, text_embeds=pack_text(pack.text_embeds).to(device, non_blocking=True),
         loss_mask=packing.loss_mask(device),
         token_weights=loss_weights(config, sigmas)[packing.sample_index(device)], packing=packing,
     )  # fmt: skip

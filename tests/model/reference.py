@@ -15,7 +15,7 @@ from wan_core.architecture import Architecture
 from wan_core.convert.mapping import from_diffusers, to_diffusers
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
-from wan_core.packing import Packing
+from wan_core.packing import Packing, pack_text
 from wan_core.patch import GridSize, patchify, unpatchify
 
 SIZES = {
@@ -69,6 +69,11 @@ class Inputs:
             text,
         )
 
+    @property
+    def texts(self) -> list[Tensor]:
+        """Each text at its true length, [n, text_dim]."""
+        return [text[: int(text.any(-1).sum())] for text in self.text_embeds]
+
     def requires_grad(self) -> Inputs:
         for latents in self.latents:
             latents.requires_grad_()
@@ -77,10 +82,10 @@ class Inputs:
 
 def run_ours(model: WanModel, inputs: Inputs, multiple: int = 1) -> list[Tensor]:
     """Every sample's velocity [16, T, H, W], from one pack."""
-    packing = Packing.of([GridSize.of(latents) for latents in inputs.latents], multiple)
+    packing = Packing.of([GridSize.of(latents) for latents in inputs.latents], inputs.texts, multiple)
     patches = torch.cat([patchify(latents) for latents in inputs.latents])
     patches = F.pad(patches, (0, 0, 0, packing.num_tokens - packing.num_real_tokens))
-    output = model(patches, inputs.timesteps.double(), inputs.text_embeds, packing)
+    output = model(patches, inputs.timesteps.double(), pack_text(inputs.texts), packing)
     samples = output[: packing.num_real_tokens].split(packing.lengths)
     return [unpatchify(tokens, grid) for tokens, grid in zip(samples, packing.grids, strict=True)]
 

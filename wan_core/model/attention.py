@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.kernels import packed_attention
-from wan_core.model.ops import mean_squares, rms_norm
-from wan_core.model.rope import rotate
+from wan_core.model.ops import head_norm
 from wan_core.packing import Packing
 from wan_core.parallel import Parallel, heads_to_tokens, tokens_to_heads
 
@@ -82,10 +81,9 @@ class SelfAttention(MegatronModule):
         """x [local tokens, h] -> [local tokens, h]."""
         eps, head_dim = self.config.layernorm_epsilon, self.config.kv_channels
         qkv = self.linear_qkv(x)[0]
-        q, k, v = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(2)  # [tokens / cp, heads / tp, d] each
-        q_mean, k_mean = mean_squares((q, k), self.parallel)
-        q = rotate(rms_norm(q, q_mean, self.q_norm.weight, eps), rotary)
-        k = rotate(rms_norm(k, k_mean, self.k_norm.weight, eps), rotary)
+        weights = self.q_norm.weight, self.k_norm.weight
+        parts = qkv.unflatten(-1, (-1, 3, head_dim))
+        q, k, v = head_norm(parts, weights, rotary, eps, self.parallel)  # [tokens / cp, heads / tp, d] each
         if self.parallel.cp > 1:  # [tokens, heads / tp / cp, d] each
             q, k, v = heads_to_tokens(torch.stack((q, k, v), dim=1), self.parallel).unbind(1)
         out = packed_attention(q, k, v, packing.self_segments)
@@ -105,13 +103,12 @@ class CrossAttention(MegatronModule):
         self.linear_proj = row_linear(config, config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, text: Tensor, packing: Packing) -> Tensor:
-        """x [local tokens, h], text [samples * 512, h] -> [local tokens, h]."""
+        """x [local tokens, h], text [text rows, h] -> [local tokens, h]."""
         eps, head_dim = self.config.layernorm_epsilon, self.config.kv_channels
-        q = self.linear_q(x)[0].unflatten(-1, (-1, head_dim))
-        k, v = self.linear_kv(text)[0].unflatten(-1, (-1, 2, head_dim)).unbind(2)
-        q_mean, k_mean = mean_squares((q, k), self.parallel)
-        q = rms_norm(q, q_mean, self.q_norm.weight, eps)
-        k = rms_norm(k, k_mean, self.k_norm.weight, eps)
+        q = self.linear_q(x)[0].unflatten(-1, (-1, 1, head_dim))
+        kv = self.linear_kv(text)[0].unflatten(-1, (-1, 2, head_dim))
+        (q,) = head_norm(q, (self.q_norm.weight,), None, eps, self.parallel)
+        k, v = head_norm(kv, (self.k_norm.weight,), None, eps, self.parallel)
         return self.linear_proj(packed_attention(q, k, v, packing.cross_segments).flatten(1))[0]
 
 

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_core.config import TEXT_LENGTH
 from wan_core.model.config import WanTransformerConfig
 
 
@@ -50,7 +49,6 @@ class TextEmbedding(nn.Module):
         self.linear_2 = nn.Linear(h, h, **place)
 
     def forward(self, text_embeds: Tensor) -> Tensor:
-        """[n, 512, text_dim], zeros behind each text -> [n * 512, h]. The zeros are attended to as the others are."""
-        assert text_embeds.shape[1] == TEXT_LENGTH, text_embeds.shape
-        x = text_embeds.flatten(0, 1).to(self.linear_1.weight.dtype)
+        """[text rows, text_dim] -> [text rows, h]."""
+        x = text_embeds.to(self.linear_1.weight.dtype)
         return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))

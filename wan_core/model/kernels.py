@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -33,24 +35,52 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     Returns:
         [query tokens, heads, d], contiguous.
     """
+    if attention_backend() == "sdpa":  # a key that counts n times is a key whose score is raised by log n
+        counts = segments.last_key_counts or (1,) * len(segments.k_lengths)
+        pieces = zip(*_split(q, k, v, segments), counts, strict=True)
+        return torch.cat([_counted_attention(*piece) for piece in pieces if piece[0].shape[0]])
+    k, v, segments = _repeated(k, segments), _repeated(v, segments), _whole(segments)
     if attention_backend() == "flash_attention_4" and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(q, k, v, segments)
-    pieces = zip(q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths), strict=True)
-    return torch.cat([_dense_attention(*piece) for piece in pieces if piece[0].shape[0]])
+    pieces = zip(*_split(q, k, v, segments), strict=True)
+    return torch.cat([_cudnn_attention(*piece) for piece in pieces if piece[0].shape[0]])
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One segment, [tokens, heads, d], through torch's fused attention."""
+def _split(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Sequence[Tensor], ...]:
+    return q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths)
+
+
+def _repeated(x: Tensor, segments: Segments) -> Tensor:
+    """Keys or values with each segment's last row as often as it counts; its gradient is their sum."""
+    if segments.last_key_counts is None:
+        return x
+    rows = zip(x.split(segments.k_lengths), segments.last_key_counts, strict=True)
+    return torch.cat([part for row, count in rows for part in (row[:-1], row[-1:].expand(count, -1, -1))])
+
+
+def _whole(segments: Segments) -> Segments:
+    counts = segments.last_key_counts or (1,) * len(segments.k_lengths)
+    return Segments(
+        segments.q_lengths, tuple(n + count - 1 for n, count in zip(segments.k_lengths, counts, strict=True))
+    )
+
+
+def _counted_attention(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
+    bias = None
+    if last_key_count > 1:
+        bias = torch.zeros(1, k.shape[0], dtype=q.dtype, device=q.device)
+        bias[0, -1] = math.log(last_key_count)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    if attention_backend() == "cudnn" and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[0].transpose(0, 1).contiguous()
 
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-        with sdpa_kernel(order, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out[0].transpose(0, 1).contiguous()
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    with sdpa_kernel(order, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).contiguous()
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:

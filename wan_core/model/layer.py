@@ -26,16 +26,17 @@ class WanLayer(MegatronModule):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Tensor, sample_index: Tensor, packing: Packing
+        self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Tensor, lengths: tuple[int, ...], packing: Packing
     ) -> Tensor:
-        """x [local tokens, h], modulation [samples, 6, h] float32, text [samples * 512, h] -> [local tokens, h].
+        """x [local tokens, h], modulation [samples, 6, h] float32, text [text rows, h] -> [local tokens, h].
 
-        Under sequence parallelism x and sample_index are this TP rank's share of the tokens in packing.
+        lengths: how many of x's tokens belong to each sample. Under sequence parallelism x is this TP rank's share of
+        the tokens in packing.
         """
         eps = self.config.layernorm_epsilon
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)  # [samples, h] each
-        attended = self.self_attention(modulated_norm(x, shift1, scale1, sample_index, eps), rotary, packing)
-        x = gated_add(x, attended, gate1, sample_index)
+        attended = self.self_attention(modulated_norm(x, shift1, scale1, lengths, eps), rotary, packing)
+        x = gated_add(x, attended, gate1, lengths)
         x = x + self.cross_attention(self.cross_norm(x), text, packing)
-        fed = self.mlp(modulated_norm(x, shift2, scale2, sample_index, eps))
-        return gated_add(x, fed, gate2, sample_index)
+        fed = self.mlp(modulated_norm(x, shift2, scale2, lengths, eps))
+        return gated_add(x, fed, gate2, lengths)

@@ -36,10 +36,10 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(2, h, dtype=torch.float32, device=config.device))
         self.linear = nn.Linear(h, out, dtype=config.params_dtype, device=config.device)
 
-    def forward(self, x: Tensor, embedding: Tensor, sample_index: Tensor) -> Tensor:
-        """x [tokens, h], embedding [samples, h] -> [tokens, 4 * out_channels]."""
+    def forward(self, x: Tensor, embedding: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """x [tokens, h], embedding [samples, h], lengths of the samples -> [tokens, 4 * out_channels]."""
         shift, scale = (self.modulation + embedding.unsqueeze(1)).unbind(1)
-        return self.linear(modulated_norm(x, shift, scale, sample_index, self.eps))
+        return self.linear(modulated_norm(x, shift, scale, lengths, self.eps))
 
 
 class WanModel(MegatronModule):
@@ -69,8 +69,8 @@ class WanModel(MegatronModule):
         Args:
             patches: noisy latents of this context-parallel rank, [packing.num_local_tokens, 4 * in_channels].
             timesteps: one per sample, [samples] in [0, 1000], float32 (bf16 would round them to multiples of 4).
-            text_embeds: [samples, 512, text_dim], zeros behind each text.
-            packing: the pack's grids, and this context-parallel rank's share of it.
+            text_embeds: the samples' texts as `pack_text` makes them, [text rows, text_dim].
+            packing: the pack's grids and text lengths, and this context-parallel rank's share of it.
 
         Returns:
             velocity [packing.num_local_tokens, 4 * out_channels], features (pt, ph, pw, c), on the last pipeline
@@ -78,7 +78,6 @@ class WanModel(MegatronModule):
         """
         shard = packing.part(self.parallel.tp_rank, self.parallel.tp) if self.parallel.sequence_parallel else packing
         rotary = packed_rotary(packing, self.config.kv_channels, patches.device)
-        sample_index = shard.sample_index(patches.device)
         embedding, modulation = self.time_embedding(timesteps)
         text = self.text_embedding(text_embeds)
         if self.pre_process:
@@ -88,7 +87,7 @@ class WanModel(MegatronModule):
             assert self.input_tensor is not None
             x = self.input_tensor.squeeze(1)
         for layer, recompute in self._layers_to_run():
-            inputs = (x, modulation, text, rotary, sample_index, packing)
+            inputs = (x, modulation, text, rotary, shard.local_lengths, packing)
             x = (
                 checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
                 if recompute
@@ -96,7 +95,7 @@ class WanModel(MegatronModule):
             )
         if not self.post_process:
             return x.unsqueeze(1)
-        velocity = self.head(x, embedding, sample_index)
+        velocity = self.head(x, embedding, shard.local_lengths)
         if self.parallel.sequence_parallel:  # every TP rank computes the same loss, so its gradient is only split
             velocity = gather_from_sequence_parallel_region(velocity, tensor_parallel_output_grad=False)
         return velocity
