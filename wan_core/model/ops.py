@@ -1,29 +1,71 @@
-"""The block's elementwise arithmetic. Statistics, modulation and gated adds are float32, results have x's dtype."""
+"""The block's elementwise arithmetic. Statistics, modulation and gated adds are float32, results have x's dtype.
+
+Each op is a formula in plain torch, and on GPUs one fused kernel forward and one backward (`fused*.py`): plain torch
+would write several float32 temporaries of [tokens, h] for each.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_core.model.rope import rotate
 from wan_core.parallel import Parallel, sum_over_tp
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, sample_index: Tensor, eps: float) -> Tensor:
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift with each token's own sample's values.
 
     Args:
         x: [tokens, h].
         shift, scale: [samples, h] float32.
-        sample_index: [tokens] int64.
+        lengths: of each sample's run of tokens, in order; 0 is allowed. `Packing.local_lengths`.
     """
+    if x.is_cuda:
+        from wan_core.model import fused_norm
+
+        return fused_norm.modulated_norm(x, shift, scale, lengths, eps)
+    return torch_modulated_norm(x, shift, scale, lengths, eps)
+
+
+def torch_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale[sample_index]) + shift[sample_index]).to(x.dtype)
+    return (normed * (1 + per_token(scale, lengths)) + per_token(shift, lengths)).to(x.dtype)
 
 
-def gated_add(x: Tensor, update: Tensor, gate: Tensor, sample_index: Tensor) -> Tensor:
-    """x + update * gate; x and update [tokens, h], gate [samples, h] float32."""
-    return (x.float() + update.float() * gate[sample_index]).to(x.dtype)
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, lengths: Sequence[int]) -> Tensor:
+    """x + update * gate; x and update [tokens, h], gate [samples, h] float32, lengths of the samples' runs."""
+    if x.is_cuda:
+        from wan_core.model import fused
+
+        return fused.gated_add(x, update, gate, lengths)
+    return torch_gated_add(x, update, gate, lengths)
+
+
+def torch_gated_add(x: Tensor, update: Tensor, gate: Tensor, lengths: Sequence[int]) -> Tensor:
+    return (x.float() + update.float() * per_token(gate, lengths)).to(x.dtype)
+
+
+def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Repeat each sample's row of [samples, h] for its tokens: [tokens, h]."""
+    repeats = torch.tensor(lengths, device=values.device)
+    return values.repeat_interleave(repeats, dim=0, output_size=sum(lengths))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x [tokens, h]; weight and bias [h] float32."""
+    if x.is_cuda:
+        from wan_core.model import fused_norm
+
+        return fused_norm.layer_norm(x, weight, bias, eps)
+    return torch_layer_norm(x, weight, bias, eps)
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 class AffineLayerNorm(nn.Module):
@@ -36,19 +78,41 @@ class AffineLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def mean_squares(xs: tuple[Tensor, ...], parallel: Parallel) -> tuple[Tensor, ...]:
-    """Mean of squares over the full width of each x [tokens, heads per rank, d], [tokens, 1, 1] float32.
+def head_norm(
+    x: Tensor, weights: Sequence[Tensor], rotary: Tensor | None, eps: float, parallel: Parallel
+) -> tuple[Tensor, ...]:
+    """RMSNorm over all heads, then rotation, of the first of a projection's interleaved parts.
 
-    The heads lie on all tensor-parallel ranks: the sums of all xs share one all-reduce of [tokens] each, where
-    gathering q and k themselves would move `h` times as much.
+    The heads lie on all tensor-parallel ranks: they share one all-reduce of a number per token and weight, forward
+    and backward, where gathering q and k themselves would move `h` times as much.
+
+    Args:
+        x: [tokens, heads per rank, parts, d]; parts are q, k, v of self-attention, q alone, or k, v of text.
+        weights: [heads per rank * d] for each part that is normalised: all of them, or all but the last.
+        rotary: cos and sin, [2, tokens, d / 2] float32; None leaves the positions out.
+
+    Returns:
+        each part, [tokens, heads per rank, d]; the last one as it was, a view of x, where it has no weight.
     """
-    sums = torch.cat([x.float().square().sum(dim=(1, 2)) for x in xs])
-    width = xs[0].shape[1] * xs[0].shape[2] * parallel.tp
-    means = sum_over_tp(sums, parallel) / width
-    return tuple(mean.view(-1, 1, 1) for mean in means.split([x.shape[0] for x in xs]))
+    if x.is_cuda:
+        from wan_core.model import fused_rotary
+
+        return fused_rotary.head_norm(x, weights, rotary, eps, parallel.tp, parallel.tp_group)
+    return torch_head_norm(x, weights, rotary, eps, parallel)
+
+
+def torch_head_norm(
+    x: Tensor, weights: Sequence[Tensor], rotary: Tensor | None, eps: float, parallel: Parallel
+) -> tuple[Tensor, ...]:
+    parts, count = x.unbind(2), len(weights)
+    width = x.shape[1] * x.shape[3] * parallel.tp
+    squares = torch.stack([part.float().square().sum(dim=(1, 2)) for part in parts[:count]], dim=1)
+    means = (sum_over_tp(squares, parallel) / width)[:, :, None, None].unbind(1)
+    normed = [rms_norm(*each, eps) for each in zip(parts, means, weights, strict=False)]
+    return (*(normed if rotary is None else (rotate(part, rotary) for part in normed)), *parts[count:])
 
 
 def rms_norm(x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Tensor:
