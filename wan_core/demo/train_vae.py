@@ -29,8 +29,6 @@ from wan_core.demo.videos import NUM_FRAMES, SIZES, ShapeScene, random_scene, re
 WEIGHTS = Path(__file__).with_name("vae.safetensors")  # float16, to be loaded as float32
 CONFIG = WEIGHTS.with_suffix(".json")  # the whole Diffusers config, latents_mean and latents_std included
 
-KL_WEIGHT = 1e-5
-MOMENT_WEIGHT = 0.05  # of (mean, deviation) of every channel against (0, 1)
 WINDOW = 32  # pixels
 WINDOW_JITTER = 18.0  # pixels from the shape's centre to the window's
 WHOLE_SHARE = 0.3  # of the batches: whole clips
@@ -96,12 +94,16 @@ class Batches(IterableDataset[np.ndarray]):
                 yield np.stack([random_window(rng, random_scene(rng), frames) for _ in range(self.batch)])
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, noise: float) -> dict[str, Tensor]:
+def vae_loss(
+    vae: AutoencoderKLWan, video: Tensor, noise: float, kl_weight: float, moment_weight: float
+) -> dict[str, Tensor]:
     """The parts of the loss on one batch.
 
     Args:
         video: [B, 3, T, H, W] in [-1, 1].
         noise: largest deviation of the noise on the latents, in theirs; each clip draws its own below it.
+        kl_weight: of the divergence from a standard normal, per latent value.
+        moment_weight: of every channel's mean and deviation over the batch, against 0 and 1.
     """
     posterior = vae.encode(video).latent_dist
     mean, logvar = posterior.mean, posterior.logvar
@@ -112,8 +114,8 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, noise: float) -> dict[str, Te
     return {
         "l1": F.l1_loss(decoded, video),
         "mse": F.mse_loss(decoded, video),
-        "kl": KL_WEIGHT * 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(),
-        "moments": MOMENT_WEIGHT * (centre.square() + (deviation - 1).square()).mean(),
+        "kl": kl_weight * 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean(),
+        "moments": moment_weight * (centre.square() + (deviation - 1).square()).mean(),
     }
 
 
@@ -127,7 +129,7 @@ def train(vae: AutoencoderKLWan, args: argparse.Namespace) -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate
         video = to_model(next(batches), args.device)
-        parts = vae_loss(vae, video, args.noise)
+        parts = vae_loss(vae, video, args.noise, args.kl, args.moments)
         loss = torch.stack(list(parts.values())).sum()
         check(bool(torch.isfinite(loss)), f"loss={loss.item()} at step {step} is not finite; lower --learning-rate")
         optimizer.zero_grad(set_to_none=True)
@@ -183,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="windows per step; a quarter as many whole clips")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--noise", type=float, default=0.25, help="largest noise on the latents, in their deviations")
+    parser.add_argument("--kl", type=float, default=1e-5, help="weight of the KL divergence per latent value")
+    parser.add_argument("--moments", type=float, default=0.05, help="weight of (mean, deviation) against (0, 1)")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of output")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
