@@ -32,7 +32,6 @@ CONFIG = WEIGHTS.with_suffix(".json")  # the whole Diffusers config, latents_mea
 WINDOW = 32  # pixels
 WINDOW_JITTER = 18.0  # pixels from the shape's centre to the window's
 WHOLE_SHARE = 0.3  # of the batches: whole clips
-STATISTICS_CLIPS = 192
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -187,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=float, default=0.25, help="largest noise on the latents, in their deviations")
     parser.add_argument("--kl", type=float, default=1e-5, help="weight of the KL divergence per latent value")
     parser.add_argument("--moments", type=float, default=0.05, help="weight of (mean, deviation) against (0, 1)")
+    parser.add_argument("--statistics-clips", type=int, default=192, help="clips for latents_mean and latents_std")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of output")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = train(vae, args)
     vae.eval()
     rng = np.random.default_rng(args.seed + 1)
-    scenes = [random_scene(rng) for _ in range(STATISTICS_CLIPS)]
+    scenes = [random_scene(rng) for _ in range(args.statistics_clips)]
     set_statistics(vae, scenes)
     save(vae, args.output)
     clips = [render(scene) for scene in scenes]
