@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from rich.markup import escape
 
 from flows.demo import make_inputs
 from flows.inputs import checked_model, checked_videos, given_or_newest
 from flows.overrides import apply_overrides, sentence
-from flows.terminal import Display, console, log_to_file, summary
+from flows.terminal import Display, console, log_records_to_file, log_to_file, summary
 from wan_core.config import STAGES, PipelineConfig, check
 from wan_core.records import ConvertRecord, EncodeRecord, IndexRecord, SampleRecord, ShardRecord, TrainRecord
 
@@ -70,6 +71,7 @@ def execute(workspace: Path, module: str, function: str, /, *needed: str, **para
 
     check(not workspace.is_file(), f"workspace={workspace} is a file; give a folder")
     started, workspace = time.monotonic(), workspace.absolute()
+    log = workspace / "logs" / "wan.log"
     flow: list[Callable[..., Any]] = []
 
     def load() -> None:
@@ -79,10 +81,10 @@ def execute(workspace: Path, module: str, function: str, /, *needed: str, **para
         from tasks import progress
 
         progress.watcher = display
-        log_to_file(workspace / "logs" / "wan.log")
+        log_records_to_file(log)
 
     try:
-        with stopped_once(), Display() as display, prefect_api(workspace, meanwhile=load):
+        with stopped_once(), Display() as display, log_to_file(log), prefect_api(workspace, meanwhile=load):
             outcomes = flow[0](workspace=workspace, **parameters)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; everything that this command started was stopped") from None
@@ -333,5 +335,5 @@ def main() -> None:
 
 
 def fail(message: str, status: int) -> None:
-    console.print(f"[bold red]error:[/] {message}", soft_wrap=True, markup=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     sys.exit(status)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from tasks.stage import Outcome
 
-console = Console(stderr=True, highlight=False)
+console = Console(file=sys.stderr, highlight=False)  # this stream, also while `log_to_file` redirects the name
 MILESTONES = 10  # lines per stage where no terminal can draw a bar
 
 
@@ -28,6 +30,7 @@ class Display:
             SpinnerColumn(), TextColumn("[bold]{task.fields[stage]:9}"), BarColumn(30),
             TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"), console=console, transient=True, disable=not console.is_terminal,
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self.tasks: dict[str, TaskID] = {}
         self.milestone: dict[str, int] = {}
@@ -58,7 +61,7 @@ class Display:
             news = reached > self.milestone.get(stage, 0)
             self.milestone[stage] = max(reached, self.milestone.get(stage, 0))
         if news and not console.is_terminal:
-            console.print(f"  {stage:9} {done:g} of {total:g}" + (f", {text}" if text else ""))
+            console.print(f"  {stage:9} {done:g} of {total:g}" + (f", {text}" if text else ""), markup=False)
 
     def finished(self, stage: str, path: Path, seconds: float, reused: bool) -> None:
         with self.lock:
@@ -69,9 +72,17 @@ class Display:
         console.print(f"[green]✓[/] {stage:9} {how} {seconds:7.1f} s  {path}", soft_wrap=True)
 
 
-def log_to_file(path: Path) -> None:
-    """All that Prefect, the stages and the trainer log goes to a file; the terminal shows errors only."""
+@contextlib.contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """All that Prefect, the stages and the libraries below them say goes to a file; the terminal keeps `console`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+
+
+def log_records_to_file(path: Path) -> None:
+    """Log records as well; called once Prefect is imported, which sets up logging of its own."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -110,7 +110,8 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
         shown = "\n".join(f"  | {line}" for line in lines)
         return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=status < 0)
     rank, local_rank, exitcode = (int(group) for group in cause.groups())
-    prefix = re.compile(rf"^(?:\d+: )?\[[^\]]*?{local_rank}\]:")  # --tee marks each line with role and local rank
+    # --tee marks each line with role and local rank; torch marks tracebacks with the rank once the group is up.
+    prefix = re.compile(rf"^(?:\d+: )?\[[^\]]*?{local_rank}\]:(?:\[rank\d+\]: ?)?")
     own = [prefix.sub("", line) for line in tail if prefix.match(line) and prefix.sub("", line).strip()]
     raised = [match for match in map(EXCEPTION.match, own) if match]
     name, sentence = (raised[-1][1], raised[-1][2] or "") if raised else ("", "")

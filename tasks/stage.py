@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import prefect.runtime.task_run
-from prefect import Task, get_run_logger, task
+from prefect import get_run_logger, task
 from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
 from prefect.context import TaskRunContext
-from prefect.tasks import exponential_backoff
+from prefect.tasks import Task, exponential_backoff
 from prefect.transactions import IsolationLevel
 
 from tasks import progress
@@ -37,10 +37,10 @@ R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
-class Target:
+class Target[R: Record]:
     """The output that a task is to make."""
 
-    kind: type[Record]
+    kind: type[R]
     folder: Path
     fingerprint: str
     refresh: bool = False  # make it again even if it is there
@@ -50,8 +50,8 @@ class Target:
         """Where Prefect keeps its result: a hidden file, one per fingerprint and folder."""
         return str(self.folder / f".prefect-{digest([self.fingerprint, str(self.folder)])[:16]}")
 
-    def find(self) -> Any:
-        """The record of the whole output (of type `kind`), or None."""
+    def find(self) -> R | None:
+        """The record of the whole output, or None."""
         return find_record(self.kind, self.folder, self.fingerprint)
 
 
@@ -90,7 +90,7 @@ def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], T
 
     def decorate(work: Callable[..., R]) -> Task[..., R]:
         @functools.wraps(work)
-        def attempt(target: Target, **arguments: Any) -> R:
+        def attempt(target: Target[R], **arguments: Any) -> R:
             if target.refresh and prefect.runtime.task_run.run_count <= 1:  # what an earlier attempt did stays
                 forget(target.folder)
             if found := target.find():  # Prefect's result was lost, or the workspace moved
@@ -140,7 +140,7 @@ class Workspace:
     def folder(self, stage: Stage, fingerprint: str) -> Path:
         return stage_folder(self.root, stage) / f"{self.name}-{fingerprint[:8]}"
 
-    def target(self, stage: Stage, kind: type[Record], fingerprint: str, folder: Path | None = None) -> Target:
+    def target(self, stage: Stage, kind: type[R], fingerprint: str, folder: Path | None = None) -> Target[R]:
         return Target(kind, folder or self.folder(stage, fingerprint), fingerprint, self.refreshes(stage))
 
     @cached_property
@@ -151,7 +151,7 @@ class Workspace:
         )
 
     @contextlib.contextmanager
-    def alone(self, target: Target) -> Iterator[None]:
+    def alone(self, target: Target[Any]) -> Iterator[None]:
         """Wait until no other run works on this output, and keep others waiting."""
         locks, key, holder = FileLocks(self.root / ".locks"), f"alone {target.folder}", f"{os.getpid()}-{id(target)}"
         locks.acquire_lock(key, holder)
@@ -160,7 +160,7 @@ class Workspace:
         finally:
             locks.release_lock(key, holder)
 
-    def bound(self, stage_task: Task[..., R], target: Target) -> Task[..., R]:
+    def bound(self, stage_task: Task[..., R], target: Target[R]) -> Task[..., R]:
         """The task with this workspace's storage and locks, told not to trust a result whose files are gone."""
         return stage_task.with_options(
             cache_policy=self.cache_policy,
@@ -168,7 +168,7 @@ class Workspace:
             refresh_cache=target.refresh or (Path(target.result_key).exists() and target.find() is None),
         )
 
-    def make(self, stage_task: Task[..., R], target: Target, *, started: float | None = None, **arguments: Any) -> R:
+    def make(self, stage_task: Task[..., R], target: Target[R], *, started: float | None = None, **arguments: Any) -> R:
         """Run a stage's task, or find its output, and note the outcome.
 
         Args:

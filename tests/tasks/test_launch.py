@@ -61,7 +61,8 @@ def test_error_carries_the_failing_ranks_last_lines(on_path: Path) -> None:
         """
         if rank == 1:
             print("rank one speaks")
-            raise OSError("the disk of rank one is full")
+            print("[rank1]: OSError: the disk of rank one is full", file=sys.stderr)  # as torch.distributed writes it
+            sys.exit(1)
         time.sleep(60)
     """,
     )
@@ -75,6 +76,19 @@ def test_value_error_of_a_rank_stays_a_sentence(on_path: Path) -> None:
     name = program(on_path, "raise ValueError('model.layers=0 is below 1; choose 2')")
     with pytest.raises(ValueError, match=r"^model\.layers=0 is below 1; choose 2 \(rank 0 of the training, logs in "):
         launch(LaunchConfig(), [name], on_path / "logs")
+
+
+def test_an_error_that_would_come_again_is_not_retried(on_path: Path) -> None:
+    name = program(
+        on_path,
+        """
+        print("[rank0]: AssertionError", file=sys.stderr)
+        sys.exit(1)
+    """,
+    )
+    with pytest.raises(LaunchError, match="AssertionError") as caught:
+        launch(LaunchConfig(), [name], on_path / "logs")
+    assert not caught.value.retry
 
 
 def test_interrupt_leaves_no_process(on_path: Path) -> None:
