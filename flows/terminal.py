@@ -76,9 +76,12 @@ class Display:
 def log_to_file(path: Path) -> Iterator[None]:
     """All that Prefect, the stages and the libraries below them say goes to a file; the terminal keeps `console`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            yield
+    with (
+        path.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
 
 
 def log_records_to_file(path: Path) -> None:
