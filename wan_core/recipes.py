@@ -140,6 +140,7 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
         checkpoint=CheckpointConfig(
             save_interval=1000, ckpt_format="torch_dist", async_save=False, fully_parallel_save=True,
+            dist_ckpt_optim_fully_reshardable=True,  # resumes under any layout, not only the one that saved
         ),
         rng=RNGConfig(seed=1234),
         dist=DistributedInitConfig(distributed_backend="nccl" if cuda else "gloo", use_gloo_process_groups=True),

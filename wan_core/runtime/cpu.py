@@ -161,3 +161,37 @@ def _adapt_megatron() -> None:
     bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _load_adam_state()
+
+
+def _load_adam_state() -> None:
+    """Let a run resume: without Transformer Engine megatron falls back to torch's AdamW, whose state it cannot load.
+
+    It asks an optimizer that has not stepped yet for its number of steps, expects that number beside every
+    parameter's moments, where it is not saved, and hands all parameters one tensor to count their steps in, which
+    each parameter's update then increments.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(sharded_state_dict)
+    def sharded(self: Any, model: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            self._init_optimizer_states_with_dummy_values()
+        return sharded_state_dict(self, model, is_loading, *args, **kwargs)
+
+    @functools.wraps(set_states)
+    def set_without_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None, **tensors})
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    DistributedOptimizer.sharded_state_dict = sharded
+    DistributedOptimizer.load_state_dict = load
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_without_step

@@ -1,0 +1,111 @@
+"""Train a few steps in many layouts, and keep losses, gradients and weights to compare them by.
+
+    torchrun --nproc-per-node 4 -m tests.parallel.layouts --layouts one,tp2,tp2-sp,cp2-full,... --out DIR
+    python -m tests.parallel.layouts --fork 4 --layouts ...    # the same on one host; imports Megatron only once
+
+A layout is named by its parts: tp2, cp2, pp2, dp2 (sizes), sp (sequence parallelism), fsdp (Megatron-FSDP, all
+sharded), packs2 (the step's samples in two packs), full or selective (recomputation), single (one sample instead of
+four), load:NAME (go on from the checkpoint that layout NAME saved half-way) and save (save it). `one` is one rank.
+Layouts of fewer ranks than were started leave the others idle. float32 on gloo without a GPU, bfloat16 on NCCL with.
+The process groups are made anew for each layout in the same processes.
+This module stays light, because Megatron writes checkpoints in spawned processes that import it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARTS = r"one|save|sp|fsdp|full|selective|single|(tp|cp|pp|dp|packs)\d+"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the same training steps are spread over ranks and packs."""
+
+    name: str
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    packs: int = 1  # per step
+    sp: bool = False
+    fsdp: bool = False
+    recompute: str | None = None
+    single: bool = False
+    save: bool = False
+    load: str | None = None
+
+    @classmethod
+    def of(cls, name: str) -> Layout:
+        """Read a name: parts joined by `-`, a load last."""
+        head, _, load = name.partition("load:")
+        values: dict[str, Any] = {"load": load} if load else {}
+        for part in filter(None, head.split("-")):
+            if not re.fullmatch(PARTS, part):
+                raise ValueError(f"layout {name!r}: {part!r} is not a part of one; see the top of {__file__}")
+            if part in ("full", "selective"):
+                values["recompute"] = part
+            elif part[-1].isdigit():
+                values[part.rstrip("0123456789")] = int(re.sub(r"\D", "", part))
+            elif part != "one":
+                values[part] = True
+        values["packs"] = max(values.get("packs", 1), values.get("dp", 1))
+        return cls(name=name, **values)
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(":", "_")
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def overrides(self) -> list[str]:
+        result = [
+            f"model.tensor_model_parallel_size={self.tp}", f"model.context_parallel_size={self.cp}",
+            f"model.pipeline_model_parallel_size={self.pp}", f"model.sequence_parallel={str(self.sp).lower()}",
+            f"train.global_batch_size={self.packs}",
+        ]  # fmt: skip
+        if self.recompute:
+            result += [f"model.recompute_granularity={self.recompute}"]
+        if self.recompute == "full":
+            result += ["model.recompute_method=uniform", "model.recompute_num_layers=1"]
+        if self.fsdp:
+            result += [
+                "dist.use_megatron_fsdp=true", "ddp.data_parallel_sharding_strategy=optim_grads_params",
+                "checkpoint.ckpt_format=fsdp_dtensor", "ddp.average_in_collective=false",
+            ]  # fmt: skip
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", required=True, help="names joined by commas")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--fork", type=int, metavar="RANKS", help="start the ranks here instead of by torchrun")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    layouts = [Layout.of(name) for name in args.layouts.split(",")]
+    ranks = args.fork or int(os.environ.get("WORLD_SIZE", 1))
+    for layout in layouts:
+        if layout.ranks > ranks:
+            raise ValueError(f"layout {layout.name!r} needs {layout.ranks} ranks, but {ranks} were started")
+    from tests.parallel import worker
+
+    worker.write_model(args.out / "model")
+    if not args.fork:
+        worker.started(layouts, args.out, args.steps, args.overrides)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        worker.fork(args.fork, Path(folder) / "store", layouts, args.out, args.steps, args.overrides)
+
+
+if __name__ == "__main__":
+    main()

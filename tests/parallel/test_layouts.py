@@ -1,0 +1,121 @@
+"""Every layout against one rank: losses, gradients, gradient norms, equal replicas; checkpoints across layouts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.compare import Run, compare, module_errors, read_run
+from tests.parallel.layouts import Layout
+from wan_core.architecture import Architecture
+from wan_core.convert.checkpoint import iteration_dir, read_weights
+from wan_core.convert.mapping import to_diffusers
+from wan_core.model.config import WanTransformerConfig
+
+ROOT = Path(__file__).parents[2]
+LAYOUTS = (
+    "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2", "tp2-pp2", "tp2-sp-cp2",
+)  # fmt: skip
+RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
+SAVED = ("tp2-save", "tp2-sp-cp2-save")
+LOADED = ("cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save")
+BASES = ("one", "single")
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the results of all layouts."""
+    out = tmp_path_factory.mktemp("layouts")
+    names = (*BASES, *LAYOUTS, *RECOMPUTED, *SAVED, *LOADED)
+    command = [sys.executable, "-m", "tests.parallel.layouts", "--fork", "4", "--layouts", ",".join(names)]
+    with (out / "log.txt").open("w") as log:
+        result = subprocess.run(
+            [*command, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log, timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert result.returncode == 0, (out / "log.txt").read_text()[-8000:]
+    return out
+
+
+def found(runs: Path, name: str) -> Run:
+    return read_run(runs / Layout.of(name).folder)
+
+
+@slow
+@pytest.mark.parametrize("name", (*LAYOUTS, *RECOMPUTED, *SAVED, *LOADED))
+def test_a_layout_equals_one_rank(runs: Path, name: str) -> None:
+    run = found(runs, name)
+    errors = compare(run, found(runs, "single" if Layout.of(name).single else "one"))
+    assert len(run.losses) >= 10
+    assert errors.loss <= 1e-5
+    assert errors.grad_norm <= 1e-5
+    assert errors.gradient <= 1e-4, errors.gradient_of
+    assert not run.differing
+
+
+@slow
+def test_gradients_do_not_depend_on_who_works_on_which_pack(runs: Path) -> None:
+    """Two data-parallel ranks with a pack each, and one rank with both packs: only the order of a sum differs."""
+    ranks, packs = found(runs, "dp2"), found(runs, "packs2")
+    errors = module_errors(ranks.gradients, packs.gradients)
+    assert max(error for error, _ in errors.values()) <= 1e-6
+    assert compare(ranks, packs).loss <= 1e-6
+
+
+@slow
+@pytest.mark.parametrize("name", LOADED)
+def test_training_goes_on_in_another_layout(runs: Path, name: str) -> None:
+    """As if it had never stopped: Adam's moments and step counts are the same."""
+    run, expected = found(runs, name), found(runs, "one")
+    assert min(run.losses) == 11 and max(run.losses) == max(expected.losses) == 20
+    assert run.losses == pytest.approx({step: expected.losses[step] for step in run.losses}, rel=1e-5)
+    errors = module_errors(run.weights, expected.weights)
+    assert max(error for error, _ in errors.values()) <= 1e-4
+
+
+@slow
+@pytest.mark.parametrize("name", SAVED)
+def test_export_gives_the_trained_bytes(runs: Path, name: str) -> None:
+    """What a checkpoint of any layout holds is what its ranks trained, to the bit."""
+    trained = found(runs, name).weights
+    read = read_weights(iteration_dir(runs / name / "checkpoints"))
+    architecture = Architecture.from_diffusers(runs / "model")
+    exported, expected = to_diffusers(read, architecture), to_diffusers(trained, architecture)
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"tensor_model_parallel_size": 3}, "num_attention_heads=4 is not divisible by tensor_model_parallel_size=3; "
+         "choose one of 1, 2, 4"),
+        ({"tensor_model_parallel_size": 2, "context_parallel_size": 4}, "tensor_model_parallel_size=2 x "
+         "context_parallel_size=4, which exchanges heads; choose a product among 1, 2, 4"),
+        ({"pipeline_model_parallel_size": 5, "pipeline_dtype": torch.float32}, "pipeline_model_parallel_size=5 exceeds "
+         "num_layers=4; choose 4 or less"),
+        ({"sequence_parallel": True}, "sequence_parallel=true needs tensor_model_parallel_size > 1, which is 1; "
+         "set sequence_parallel=false"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_work_is_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        WanTransformerConfig.of(Architecture(64, 160, 4, 4), **values)
+    assert sentence in str(refusal.value)
+
+
+@slow
+def test_two_packs_in_a_micro_batch_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wan_core.train", "--recipe", "wan_demo", "--mock", "--run-dir", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "train.micro_batch_size=2", "train.global_batch_size=2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "train.micro_batch_size=2, but a micro-batch is one pack; set it to 1" in result.stderr

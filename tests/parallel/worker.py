@@ -1,0 +1,232 @@
+"""One rank's work in every layout. See `tests.parallel.layouts`, which starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
+
+from tests.model.reference import reference_model  # imports diffusers, which must come before the line below
+from tests.parallel.layouts import Layout
+from wan_core.architecture import Architecture
+from wan_core.config import TrainConfig
+from wan_core.runtime import cpu
+
+cpu.install()  # before megatron.bridge is imported
+
+import megatron.bridge.training.initialize as bridge_initialize  # noqa: E402
+from megatron.bridge.training.callbacks import Callback, CallbackContext  # noqa: E402
+from megatron.bridge.training.pretrain import pretrain  # noqa: E402
+from megatron.bridge.training.utils.checkpoint_utils import read_run_config, read_train_state  # noqa: E402
+from megatron.core.utils import get_model_config, unwrap_model  # noqa: E402
+
+from wan_core.data.batch import Pack  # noqa: E402
+from wan_core.data.synthetic import SyntheticConfig  # noqa: E402
+from wan_core.dataset import WanDatasetProvider  # noqa: E402
+from wan_core.parallel import Parallel  # noqa: E402
+from wan_core.recipes import WanConfigContainer, build  # noqa: E402
+from wan_core.step import WanStep  # noqa: E402
+
+SMALL = Architecture(64, 160, 4, 4, text_dim=32, freq_dim=64)
+FOUR_SAMPLES = ("3x6x10", "1x6x6", "5x2x14", "1x8x12")  # 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad
+ONE_SAMPLE = ("3x8x12",)  # 72 tokens
+
+
+class SplitSamples:
+    """The samples of each step, in order, split evenly over `packs` packs; the data-parallel ranks take turns."""
+
+    def __init__(self, samples: SyntheticConfig, packs: int, parallel: Parallel) -> None:
+        assert packs % parallel.dp == 0 and len(samples.shapes) % packs == 0, (packs, parallel.dp, samples.shapes)
+        self.samples, self.packs, self.dp, self.number = samples, packs, parallel.dp, parallel.dp_rank
+
+    def __iter__(self) -> SplitSamples:
+        return self
+
+    def __next__(self) -> Pack:
+        step, part = divmod(self.number, self.packs)
+        self.number += self.dp
+        pack, size = self.samples.pack(step), len(self.samples.shapes) // self.packs
+        cut = slice(part * size, (part + 1) * size)
+        return dataclasses.replace(
+            pack, latents=pack.latents[cut], text_embeds=pack.text_embeds[cut], seeds=pack.seeds[cut]
+        )
+
+
+@dataclass(kw_only=True)
+class SplitSamplesProvider(WanDatasetProvider):
+    """The dataset section: the same samples in every layout."""
+
+    packs: int = 1
+    first_step: int = 0
+
+    def build_datasets(self, context: Any) -> tuple[Any, Any, Any]:
+        samples = SyntheticConfig(shapes=self.mock_shapes, text_dim=self.mock_text_dim)
+        loader = SplitSamples(samples, self.packs, Parallel.current())
+        loader.number += self.first_step * self.packs
+        return loader, None, None
+
+
+class Recorder(Callback):
+    """Keeps each step's loss and gradient norm, the first step's gradients and the last step's weights."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.grad_norms: dict[int, float] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.split: dict[str, int] = {}  # the dimension that TP splits, of the parameters that it does split
+        self.parallel = Parallel()
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self.parallel = Parallel.current()
+        config = get_model_config(context.model[0])
+        finalize = config.finalize_model_grads_func
+        assert finalize is not None
+
+        def finalize_and_record(*args: Any, **kwargs: Any) -> None:  # gradients are whole now, and not yet clipped
+            finalize(*args, **kwargs)
+            config.finalize_model_grads_func = finalize
+            self.gradients = dict(whole_gradients(context.model[0]))
+
+        config.finalize_model_grads_func = finalize_and_record
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        assert context.grad_norm is not None and not context.skipped_iter
+        step = context.state.train_state.step + 1
+        self.grad_norms[step] = float(context.grad_norm)
+        if self.parallel.is_last_stage:
+            assert context.loss_dict
+            self.losses[step] = float(context.loss_dict["loss"])
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        for name, parameter in plain_model(context.model[0]).named_parameters():
+            self.weights[name] = parameter.detach().float().cpu().clone()
+            if getattr(parameter, "tensor_model_parallel", False) and self.parallel.tp > 1:
+                self.split[name] = parameter.partition_dim
+
+    def save(self, path: Path) -> None:
+        """What this rank knows, for `compare.read_run`."""
+        p = self.parallel
+        torch.save(
+            {
+                "tp": p.tp, "tp_rank": p.tp_rank, "losses": self.losses, "grad_norms": self.grad_norms,
+                "gradients": self.gradients, "weights": self.weights, "split": self.split,
+            },
+            path,
+        )  # fmt: skip
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside of Megatron's wrappers."""
+    unwrapped = unwrap_model(model)
+    assert isinstance(unwrapped, nn.Module)
+    return unwrapped
+
+
+def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's averaged gradient on this rank, before clipping.
+
+    The distributed optimizer leaves each rank only its own shard of a bucket reduced; gathering puts them together.
+    """
+    assert model.ddp_config.use_distributed_optimizer
+    for buffer in model.buffers:
+        ranks = buffer.data_parallel_group.size()
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.chunk(ranks)[buffer.data_parallel_group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=buffer.data_parallel_group)
+    for name, parameter in plain_model(model).named_parameters():
+        yield name, parameter.main_grad.detach().float().cpu().clone()
+
+
+def write_model(folder: Path) -> None:
+    """A Diffusers folder with random weights in every place: WAN's own start has a zero head, which hides all else."""
+    if int(os.environ.get("RANK", 0)) == 0 and not folder.exists():
+        reference_model(SMALL).save_pretrained(folder / "transformer")
+
+
+def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanConfigContainer:
+    """The config of `steps` steps; layouts that recompute or save take the first half of them."""
+    half = steps // 2
+    overrides = (*layout.overrides(), f"train.train_iters={half if layout.recompute or layout.save else steps}", *extra)
+    config = build(
+        TrainConfig("wan_demo", "finetune", overrides), model_dir=out / "model", dataset_dir=None, run_dir=None,
+        mock=True,
+    )  # fmt: skip
+    config.dataset = SplitSamplesProvider(
+        mock=True, mock_shapes=ONE_SAMPLE if layout.single else FOUR_SAMPLES, packs=layout.packs,
+        mock_text_dim=config.model.text_dim, first_step=half if layout.load else 0,
+    )  # fmt: skip
+    config.scheduler.lr_decay_style, config.scheduler.lr_warmup_iters = "constant", 0
+    config.logger.log_interval = sys.maxsize
+    config.checkpoint.save_interval = half
+    config.checkpoint.save = str(out / layout.folder / "checkpoints") if layout.save else None
+    config.checkpoint.load = str(out / layout.load / "checkpoints") if layout.load else None
+    return config
+
+
+@contextlib.contextmanager
+def process_group(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
+    """The default process group, among the first `ranks` of all ranks."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def run(layout: Layout, out: Path, steps: int, extra: list[str]) -> float:
+    """Train in one layout; returns the seconds."""
+    since = time.perf_counter()
+    folder = out / layout.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for cached in (read_run_config, read_train_state):  # they broadcast when they read: the next layout's ranks may not
+        cached.cache_clear()
+    bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
+    config, recorder = container(layout, out, steps, extra), Recorder()
+    pretrain(config, WanStep(config.flow_matching), callbacks=[recorder])
+    recorder.save(folder / f"rank{dist.get_rank()}.pt")
+    return time.perf_counter() - since
+
+
+def work(rank: int, store: dist.Store, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
+    """One rank's part in all layouts; those of fewer ranks pass it by."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=os.environ.get("LOCAL_RANK", str(rank)))
+    for number, layout in enumerate(layouts):
+        if rank < layout.ranks:
+            os.environ["WORLD_SIZE"] = str(layout.ranks)
+            with process_group(dist.PrefixStore(str(number), store), rank, layout.ranks):
+                seconds = run(layout, out, steps, extra)
+            if rank == 0:
+                print(f"layout {layout.name}: {seconds:.1f} s", flush=True)
+
+
+def started(layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
+    """Work as one of torchrun's ranks."""
+    store, rank, _ = next(dist.rendezvous("env://"))
+    work(rank, store, layouts, out, steps, extra)
+
+
+def fork(ranks: int, store: Path, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
+    """Work in forks of this process; the first failure ends them all."""
+    start_processes(_forked, (ranks, store, layouts, out, steps, extra), nprocs=ranks, start_method="fork")
+
+
+def _forked(rank: int, ranks: int, store: Path, *arguments: Any) -> None:
+    work(rank, dist.FileStore(str(store), ranks), *arguments)
