@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import megatron.bridge.training.initialize as bridge_initialize
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.pretrain import pretrain
@@ -75,6 +76,7 @@ class MetricsLog(Callback):
             step_seconds=round(seconds / steps, 4), tokens_per_second=round(tokens / seconds, 1),
             tflops_per_rank=round(flops / seconds / dist.get_world_size() / 1e12, 3), consumed_samples=self.consumed,
             packing_efficiency=round(tokens / packs / self.config.dataset.tokens_per_pack, 4),
+            peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
         )  # fmt: skip
         append_metrics(self.path, metrics)
         print(
@@ -119,6 +121,8 @@ def run(
         forget_record(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ.get("RANK", 0))
+    # GPT dataset helpers, for which pip's megatron-core has no Makefile: compiling them would end the process.
+    bridge_initialize.compile_helpers = lambda: None
     pretrain(container, WanStep(container.flow_matching), callbacks=[MetricsLog(container, run_dir)])
     if wanted and rank == 0:
         write_record(run_dir, config, wanted, time.monotonic() - started)

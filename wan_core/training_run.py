@@ -41,6 +41,7 @@ class Metrics:
     tflops_per_rank: float  # model FLOPs of forward and backward
     consumed_samples: int  # clips since the run began
     packing_efficiency: float  # real tokens / tokens of the packs' budget
+    peak_memory_gib: float  # of this rank's GPU, since the run began
 
 
 def model_identity(model: Path, mode: str) -> str:

@@ -37,10 +37,10 @@ def reference_model(architecture: Architecture, seed: int = 0) -> WanTransformer
 
 def our_model(reference: WanTransformer3DModel, architecture: Architecture, **values: Any) -> WanModel:
     """WanModel with the reference's weights; call inside `parallel.layout()`."""
-    values = {"params_dtype": torch.float32, "pipeline_dtype": torch.float32, **values}
-    config = WanTransformerConfig.of(architecture, use_cpu_initialization=True, transformer_impl="local", **values)
-    model = WanModel(config)
-    model.load_state_dict(dict(from_diffusers(reference.state_dict(), architecture)))
+    defaults = {"params_dtype": torch.float32, "use_cpu_initialization": True, "transformer_impl": "local"}
+    values = {**defaults, "pipeline_dtype": values.get("params_dtype", torch.float32), **values}
+    model = WanModel(WanTransformerConfig.of(architecture, **values))
+    model.load_state_dict(dict(from_diffusers(reference.state_dict(), architecture)), strict=False)  # TE: extra state
     return model
 
 

@@ -25,6 +25,7 @@ class WanTransformerConfig(TransformerConfig):
     text_dim: int = 4096
     freq_dim: int = 256
     init_seed: int = 1234
+    embedder_init_std: float = 0.02  # of the text and time MLPs; WAN's own, made for widths of thousands
 
     def __post_init__(self) -> None:
         check_layout(self)

@@ -136,7 +136,7 @@ class WanModel(MegatronModule):
     def initialize(self, seed: int) -> None:
         """WAN's initialisation for pretraining, the same weights on every layout.
 
-        Xavier-uniform linears (per projection: q, k and v each), N(0, 0.02) for the text and time MLPs,
+        Xavier-uniform linears (per projection: q, k and v each), N(0, embedder_init_std) for the text and time MLPs,
         randn / sqrt(h) modulation, zero biases, zero head. Every parameter draws from a generator of its own, seeded by
         its name, and keeps its slice.
         """
@@ -156,8 +156,8 @@ class WanModel(MegatronModule):
                 whole = torch.empty(shape, device=parameter.device, dtype=torch.float32)
                 if "modulation" in name:
                     whole.normal_(0, h**-0.5, generator=generator)
-                elif name.startswith(EMBEDDERS):
-                    whole.normal_(0, 0.02, generator=generator)
+                elif name.startswith(EMBEDDERS) and "projection" not in name:
+                    whole.normal_(0, self.config.embedder_init_std, generator=generator)
                 else:
                     fused = {"linear_qkv": 3, "linear_kv": 2}.get(name.split(".")[-2], 1)
                     bound = math.sqrt(6 / (shape[1] + shape[0] // fused))

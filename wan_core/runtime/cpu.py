@@ -152,13 +152,11 @@ class _CudaAsCpu(TorchFunctionMode):
 
 
 def _adapt_megatron() -> None:
-    import megatron.bridge.training.initialize as bridge_initialize
     import megatron.bridge.training.setup as bridge_setup
     import megatron.core.tensor_parallel.random as megatron_random
 
     bridge_setup.initialize_megatron = functools.partial(bridge_setup.initialize_megatron, allow_no_cuda=True)
     bridge_setup.set_jit_fusion_options = lambda *_, **__: None  # warms up CUDA fusions
-    bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _load_adam_state()
