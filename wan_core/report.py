@@ -10,9 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from wan_core.demo.checker import Seen
@@ -74,17 +72,19 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    import matplotlib
+
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     plain, bold = (ImageFont.truetype(str(fonts / f"DejaVuSans{kind}.ttf"), 14) for kind in ("", "-Bold"))
     for index, (sample, row) in enumerate(zip(samples, thumbs, strict=True)):
         left = gap + index % columns * (cell[0] + gap)
         top = gap + index // columns * (cell[1] + gap)
-        x = left
+        x: float = left
         for image in row:
             sheet.paste(image, (x, top))
             x += image.width + 4
         draw.text((left, top + side + 6), _shortened(sample.prompt, cell[0], plain), font=plain, fill=INK)
-        x = left
+        x: float = left
         for name, right in sample.marks.items():
             text = f"{'✓' if right else '✗'} {getattr(sample.seen, name) or 'none'}"
             draw.text((x, top + side + 28), text, font=bold, fill=GOOD if right else BAD)
@@ -101,6 +101,8 @@ def _shortened(text: str, width: int, font: Any) -> str:
 def plot_training(curve: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss over steps, and beside it the gradient norm and the speed."""
     iterations = np.array([row["iteration"] for row in curve])
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 4), layout="constrained")
     grid = figure.add_gridspec(2, 3)
     panels = (

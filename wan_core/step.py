@@ -47,7 +47,8 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
     sigmas = torch.stack([n.sigma for n in noised])
     return StepInputs(
         patches=patches[packing.start : packing.stop], target=target[packing.start : packing.stop],
-        timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS, text_embeds=pack_text(pack.text_embeds).to(device, non_blocking=True),
+        timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS,
+        text_embeds=pack_text(pack.text_embeds).to(device, non_blocking=True),
         loss_mask=packing.loss_mask(device),
         token_weights=loss_weights(config, sigmas)[packing.sample_index(device)], packing=packing,
     )  # fmt: skip

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import megatron.bridge.training.initialize as bridge_initialize
+import torch
 import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.pretrain import pretrain

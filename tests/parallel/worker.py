@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 
 from tests.model.reference import reference_model  # imports diffusers, which must come before the line below
@@ -112,9 +113,9 @@ class Recorder(Callback):
 
     def on_train_end(self, context: CallbackContext) -> None:
         for name, parameter in plain_model(context.model[0]).named_parameters():
-            self.weights[name] = parameter.detach().float().cpu().clone()
+            self.weights[name] = whole(parameter.detach())
             if getattr(parameter, "tensor_model_parallel", False) and self.parallel.tp > 1:
-                self.split[name] = parameter.partition_dim
+                self.split[name] = getattr(parameter, "partition_dim")  # noqa: B009  (megatron's own attribute)
 
     def save(self, path: Path) -> None:
         """What this rank knows, for `compare.read_run`."""
@@ -135,11 +136,24 @@ def plain_model(model: nn.Module) -> nn.Module:
     return unwrapped
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy in float32 on the CPU, put together from the ranks' parts where Megatron-FSDP shards it."""
+    if isinstance(tensor, DTensor):
+        parts: list[Any] = [None] * tensor.device_mesh.size()
+        dist.all_gather_object(parts, tensor.to_local().cpu(), group=tensor.device_mesh.get_group())  # of uneven sizes
+        tensor = torch.cat(parts)
+    return tensor.float().cpu().clone()
+
+
 def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's averaged gradient on this rank, before clipping.
 
     The distributed optimizer leaves each rank only its own shard of a bucket reduced; gathering puts them together.
     """
+    if model.ddp_config.use_megatron_fsdp:
+        for name, gradient in model.param_and_grad_buffer.dist_main_grad.items():
+            yield name, whole(gradient)
+        return
     assert model.ddp_config.use_distributed_optimizer
     for buffer in model.buffers:
         ranks = buffer.data_parallel_group.size()
@@ -147,7 +161,7 @@ def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
             shard = bucket.grad_data.chunk(ranks)[buffer.data_parallel_group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, shard, group=buffer.data_parallel_group)
     for name, parameter in plain_model(model).named_parameters():
-        yield name, parameter.main_grad.detach().float().cpu().clone()
+        yield name, whole(getattr(parameter, "main_grad"))  # noqa: B009  (megatron's own attribute)
 
 
 def write_model(folder: Path) -> None:

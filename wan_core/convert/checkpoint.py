@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from wan_core.architecture import Architecture
 from wan_core.config import check
@@ -50,6 +47,10 @@ def read_architecture(folder: Path) -> Architecture:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every model parameter of a checkpoint, whole, on the CPU, in the dtype that it was saved in."""
+    import torch.distributed.checkpoint as dcp  # takes seconds; a cached run needs none of it
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata
     names = parameter_names(read_architecture(folder))
     missing = sorted(names - entries.keys())

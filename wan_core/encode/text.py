@@ -6,18 +6,21 @@ import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ftfy
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_core.config import TEXT_LENGTH
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
+    from transformers import UMT5EncoderModel
 
 
 def clean_caption(caption: str) -> str:
     """What WAN 2.1 does to a caption first: repaired encoding, HTML entities resolved (twice), single spaces."""
+    import ftfy
+
     repaired = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return re.sub(r"\s+", " ", repaired).strip()
 
@@ -67,6 +70,8 @@ class TextEncoder:
 
 def load_text_encoder(model_dir: Path, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:
     """The tokenizer and text encoder of a Diffusers folder."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
     tokenizer = AutoTokenizer.from_pretrained(model_dir / "tokenizer", local_files_only=True)
     model = UMT5EncoderModel.from_pretrained(model_dir / "text_encoder", dtype=dtype, local_files_only=True)
     return TextEncoder(tokenizer, model.to(device))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wan_core.config import VAE_TEMPORAL_STRIDE
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
+    from diffusers import AutoencoderKLWan
 
 
 class Vae:
@@ -48,5 +51,7 @@ class Vae:
 
 def load_vae(model_dir: Path, dtype: torch.dtype, device: torch.device | str) -> Vae:
     """The VAE of a Diffusers folder."""
+    from diffusers import AutoencoderKLWan
+
     model = AutoencoderKLWan.from_pretrained(model_dir, subfolder="vae", torch_dtype=dtype, local_files_only=True)
     return Vae(model.to(device))

@@ -37,8 +37,10 @@ def write_video(path: Path, frames: Any, fps: float, crf: int = 18) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         rate = Fraction(fps).limit_denominator(1001)
-        # One thread: x264's output depends on the number of threads, and a clip's digest on its bytes.
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": "1"})
+        # A clip's digest depends on its bytes, and x264's bytes on the number of threads and, through memory that
+        # mbtree reads behind tiny frames, on chance.
+        options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
