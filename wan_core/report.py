@@ -84,11 +84,11 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
             sheet.paste(image, (x, top))
             x += image.width + 4
         draw.text((left, top + side + 6), _shortened(sample.prompt, cell[0], plain), font=plain, fill=INK)
-        x: float = left
+        cursor = float(left)
         for name, right in sample.marks.items():
             text = f"{'✓' if right else '✗'} {getattr(sample.seen, name) or 'none'}"
-            draw.text((x, top + side + 28), text, font=bold, fill=GOOD if right else BAD)
-            x += draw.textlength(text, font=bold) + 14
+            draw.text((cursor, top + side + 28), text, font=bold, fill=GOOD if right else BAD)
+            cursor += draw.textlength(text, font=bold) + 14
     sheet.save(path, optimize=True)
 
 
