@@ -79,7 +79,7 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
     for index, (sample, row) in enumerate(zip(samples, thumbs, strict=True)):
         left = gap + index % columns * (cell[0] + gap)
         top = gap + index // columns * (cell[1] + gap)
-        x: float = left
+        x = left
         for image in row:
             sheet.paste(image, (x, top))
             x += image.width + 4
