@@ -9,10 +9,11 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -20,14 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MARK = "WAN_LAUNCH_ID"
-PR_SET_PDEATHSIG = 1
 KEPT_LINES = 400
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when the starting thread's process dies, also by SIGKILL."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+# Becomes the command, after asking the kernel for SIGTERM when the starting thread's process dies, also by SIGKILL
+# (PR_SET_PDEATHSIG = 1). A program of its own, because Python code between fork and exec (preexec_fn) can wait forever
+# for a lock that another thread of ours held.
+TETHER = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit('its parent has died'); os.execvp(sys.argv[2], sys.argv[2:])"
+)
 
 
 def marked(mark: str) -> list[int]:
@@ -48,9 +49,14 @@ class Process:
         command: program and arguments.
         environment: added to this process's own.
         log: file that gets all output.
+
+    Raises:
+        FileNotFoundError: there is no such program.
     """
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(f"program {command[0]!r} is not there; install it or put it on PATH")
         log.parent.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
         self.log = log
@@ -70,7 +76,7 @@ class Process:
     def _run(self, command: list[str], environment: dict[str, str]) -> None:
         try:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", "-c", TETHER, str(os.getpid()), *command],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -78,7 +84,6 @@ class Process:
                 text=True,
                 errors="replace",
                 start_new_session=True,  # Ctrl-C reaches us alone, and we stop the command in order
-                preexec_fn=_die_with_parent,
             )
         except OSError as error:
             self._started.set_exception(error)

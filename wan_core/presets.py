@@ -29,14 +29,14 @@ def wan_demo() -> PipelineConfig:
     return PipelineConfig(
         name="demo",
         encode=EncodeConfig(
-            sizes=(Size(64, 64), Size(64, 96)), max_frames=17, vae_dtype="float32", text_dtype="float32",
+            sizes=(Size(48, 48), Size(48, 64)), max_frames=9, vae_dtype="float32", text_dtype="float32",
             clips_per_part=32,
         ),
         shard=ShardConfig(max_samples=100, val_share=0.06),
         train=TrainConfig(recipe="wan_demo", mode="pretrain"),
         sample=SampleConfig(
-            prompts=held_out_prompts(), negative_prompt="", size=Size(64, 64), num_frames=13, num_steps=20,
-            guidance_scale=3.0, shift=3.0, dtype="float32", batch_tokens=4096,
+            prompts=held_out_prompts() * 3, negative_prompt="", size=Size(48, 48), num_frames=9, num_steps=20,
+            guidance_scale=4.0, shift=3.0, dtype="float32", batch_tokens=4096,
         ),
         evaluate=EvaluateConfig(checker="shapes"),
     )  # fmt: skip

@@ -91,7 +91,7 @@ def new_text_encoder(vocabulary: int) -> UMT5EncoderModel:
 def new_transformer() -> WanTransformer3DModel:
     """WAN 2.1's transformer in small, initialised the way WAN 2.1 is for training from scratch."""
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=64, in_channels=16, out_channels=16,
         text_dim=TEXT_DIM, freq_dim=256, ffn_dim=512, num_layers=4, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
     )  # fmt: skip

@@ -85,7 +85,7 @@ class Batches(IterableDataset[np.ndarray]):
         rng = np.random.default_rng((self.seed, worker.id if worker else 0))
         while True:
             if rng.random() < WHOLE_SHARE:
-                size, frames = SIZES[rng.integers(len(SIZES))], int(rng.choice(NUM_FRAMES, p=(0.5, 0.25, 0.25)))
+                size, frames = SIZES[rng.integers(len(SIZES))], int(rng.choice(NUM_FRAMES))
                 scenes = (random_scene(rng, size=size, num_frames=frames) for _ in range(max(1, self.batch // 4)))
                 yield np.stack([render(scene) for scene in scenes])
             else:

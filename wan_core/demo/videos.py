@@ -33,8 +33,8 @@ HELD_OUT: tuple[tuple[str, str, str], ...] = (
     ("yellow", "triangle", "up"),
     ("white", "circle", "right"),
 )
-SIZES = ((64, 64), (64, 96))  # (height, width) in pixels
-NUM_FRAMES = (9, 13, 17)
+SIZES = ((48, 48), (48, 64))  # (height, width) in pixels: 9 and 12 patches a latent frame, little enough for two cores
+NUM_FRAMES = (5, 9)
 FPS = 16.0
 MARGIN = 2.0  # pixels that stay free between the shape and the frame
 BACKGROUND = np.array([24.0, 26.0, 34.0])
@@ -108,13 +108,13 @@ def random_scene(
     colour, shape, direction = combination
     height, width = size or SIZES[rng.integers(len(SIZES))]
     frames = num_frames or int(rng.choice(NUM_FRAMES))
-    radius = rng.uniform(8.5, 11.5)
+    radius = rng.uniform(10.0, 13.0)
     up, down, left, right = extents(shape, radius)
     low = np.array([up + MARGIN, left + MARGIN])
     high = np.array([height - down - MARGIN, width - right - MARGIN])
     step = np.array(DIRECTIONS[direction])
     room = float((np.abs(step) * (high - low)).sum())
-    travel = rng.uniform(18.0, min(room, 40.0, 3.5 * (frames - 1)))
+    travel = rng.uniform(min(11.0, room), min(room, 40.0, 3.5 * (frames - 1)))
     # The whole path is placed at random: its first point lies between the borders, shortened by the travel.
     begin = rng.uniform(low + travel * (step < 0), high - travel * (step > 0))
     finish = begin + travel * step
@@ -164,7 +164,7 @@ def training_scenes(count: int, seed: int = 0) -> list[ShapeScene]:
     return [random_scene(rng, combination) for combination in combinations]
 
 
-def make_videos(folder: Path, seed: int = 0, count: int = 192) -> None:
+def make_videos(folder: Path, seed: int = 0, count: int = 208) -> None:
     """Write a demo set: `count` good H.264 clips with a caption beside each, and three broken ones.
 
     The same seed gives the same bytes. `broken_truncated.mp4` ends in mid-file, `broken_short.mp4` has two frames and

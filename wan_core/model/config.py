@@ -80,9 +80,16 @@ def check_layout(config: TransformerConfig) -> None:
         heads % tp == 0,
         f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp}; choose one of {divisors}",
     )
-    ulysses = config.cp_comm_type in (None, "a2a")
     check(
-        not ulysses or heads % (tp * cp) == 0,
+        config.cp_comm_type in (None, "a2a"),
+        f"cp_comm_type={config.cp_comm_type!r} is not there yet; leave it out, or choose a2a",
+    )
+    check(
+        config.recompute_granularity in (None, "full"),
+        f"recompute_granularity={config.recompute_granularity!r} is not there yet; leave it out, or choose full",
+    )
+    check(
+        heads % (tp * cp) == 0,
         f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x "
         f"context_parallel_size={cp}, which exchanges heads; choose a product among {divisors}",
     )
