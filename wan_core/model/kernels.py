@@ -35,10 +35,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     Returns:
         [query tokens, heads, d], contiguous.
     """
-    if attention_backend() == "sdpa":  # a key that counts n times is a key whose score is raised by log n
-        counts = segments.last_key_counts or (1,) * len(segments.k_lengths)
-        pieces = zip(*_split(q, k, v, segments), counts, strict=True)
-        return torch.cat([_counted_attention(*piece) for piece in pieces if piece[0].shape[0]])
+    if attention_backend() == "sdpa":
+        return _batched_attention(q, k, v, segments)
     k, v, segments = _repeated(k, segments), _repeated(v, segments), _whole(segments)
     if attention_backend() == "flash_attention_4" and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(q, k, v, segments)
@@ -65,13 +63,25 @@ def _whole(segments: Segments) -> Segments:
     )
 
 
-def _counted_attention(q: Tensor, k: Tensor, v: Tensor, last_key_count: int) -> Tensor:
-    bias = None
-    if last_key_count > 1:
-        bias = torch.zeros(1, k.shape[0], dtype=q.dtype, device=q.device)
-        bias[0, -1] = math.log(last_key_count)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[0].transpose(0, 1).contiguous()
+def _batched_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Torch's attention, one call for all segments of equal lengths: on a CPU the calls cost more than small sums do.
+
+    A key that counts n times is a key whose score is raised by log n.
+    """
+    counts = segments.last_key_counts or (1,) * len(segments.k_lengths)
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for index, lengths in enumerate(zip(segments.q_lengths, segments.k_lengths, counts, strict=True)):
+        if lengths[0]:
+            alike.setdefault(lengths, []).append(index)
+    parts = _split(q, k, v, segments)
+    outputs: dict[int, Tensor] = {}
+    for (_, k_length, count), members in alike.items():
+        qs, ks, vs = (torch.stack([part[index] for index in members]).transpose(1, 2) for part in parts)
+        bias = torch.zeros(1, k_length, dtype=q.dtype, device=q.device)
+        bias[0, -1] = math.log(count)
+        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=bias if count > 1 else None)
+        outputs |= zip(members, out.transpose(1, 2).unbind(), strict=True)
+    return torch.cat([outputs[index] for index in sorted(outputs)])
 
 
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
