@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import struct
 import tarfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -81,22 +82,15 @@ def saved(tensor: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-class _TensorPickler(pickle.Pickler):
-    """Pickles a tensor by way of torch.save's zip format.
-
-    The tensor's own pickling holds addresses in memory, which differ from run to run.
-    """
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.storage._load_from_bytes, (saved(value),)
-        return NotImplemented
-
-
 def _pickled(tensor: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    _TensorPickler(buffer, protocol=4).dump(tensor)
-    return buffer.getvalue()
+    """The pickle of `torch.storage._load_from_bytes(saved(tensor))`, put together by hand.
+
+    A tensor's own pickle holds addresses in memory, and megatron-core, once imported, puts a function of its own in
+    torch's place: `pickle.dumps` would give other bytes in every process.
+    """
+    body = saved(tensor)
+    call = b"c" + b"torch.storage\n_load_from_bytes\n" + pickle.BINBYTES + struct.pack("<I", len(body)) + body
+    return pickle.PROTO + b"\x04" + call + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
 
 
 def _load_tensor(raw: bytes) -> Any:
@@ -104,10 +98,11 @@ def _load_tensor(raw: bytes) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Knows the three callables that a pickled tensor needs, and nothing else."""
+    """Knows the callables that a pickled tensor needs, and nothing else."""
 
     ALLOWED = {  # noqa: RUF012
         ("torch.storage", "_load_from_bytes"): _load_tensor,  # torch's own unpickles whatever it is given
+        ("megatron.core.safe_globals", "safe_load_from_bytes"): _load_tensor,  # what megatron-core puts in its place
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("collections", "OrderedDict"): OrderedDict,
     }
