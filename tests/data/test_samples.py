@@ -121,7 +121,8 @@ def test_hostile_members_are_refused_unexecuted(tmp_path: Path, name: str) -> No
 
 def test_hostile_pickles_do_execute_elsewhere(tmp_path: Path) -> None:
     """The examples are real: Python's own unpickling runs them. In a fresh Python, since megatron-core disarms ours."""
-    names = ("os.system", "eval", "nested pickle", "nested torch.save", "inside a rebuild")
+    # The nested ones name torch's loader, for which megatron-core, once imported, writes its own name.
+    names = ("os.system", "eval", "inside a rebuild")
     for number, name in enumerate(names):
         (tmp_path / f"{number}.raw").write_bytes(hostile_members(tmp_path / str(number))[name][1])
     code = (
