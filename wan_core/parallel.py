@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,32 @@ def tokens_to_heads(x: Tensor, parallel: Parallel) -> Tensor:
     tokens, heads, d = x.shape
     x = _AllToAll.apply(x.view(parallel.cp, tokens // parallel.cp, heads, d), parallel.cp_group)
     return x.permute(1, 0, 2, 3).reshape(tokens // parallel.cp, heads * parallel.cp, d)
+
+
+def pass_on(x: Tensor, parallel: Parallel, tag: int = 0) -> Callable[[], Tensor]:
+    """Send `x` to the next context-parallel rank, and begin to receive the previous one's, of the same shape.
+
+    Args:
+        tag: tells apart what is under way at the same time (gloo needs it).
+
+    Returns:
+        A function that waits for the arrival and returns it.
+    """
+    x, arriving = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    after, before = (parallel.cp_rank + 1) % parallel.cp, (parallel.cp_rank - 1) % parallel.cp
+    work = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, group=parallel.cp_group, group_peer=after, tag=tag),
+            dist.P2POp(dist.irecv, arriving, group=parallel.cp_group, group_peer=before, tag=tag),
+        ]
+    )
+
+    def arrived() -> Tensor:
+        for part in work:
+            part.wait()
+        return arriving
+
+    return arrived
 
 
 @contextlib.contextmanager

@@ -47,11 +47,11 @@ def test_a_pack_equals_each_sample_alone(architecture: Architecture, multiple: i
 
 
 @pytest.mark.parametrize("architecture", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
 def test_gradients(architecture: Architecture, recompute: str | None) -> None:
     reference = reference_model(architecture)
-    method = {"recompute_granularity": recompute, "recompute_method": "uniform", "recompute_num_layers": 1}
-    model = our_model(reference, architecture, **(method if recompute else {})).train()
+    method = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
+    model = our_model(reference, architecture, recompute_granularity=recompute, **method).train()
     # Texts of all 512 positions: behind a short one nearly all keys are equal, and the gradient of the queries is what
     # cancellation leaves of it, in diffusers' float32 as in ours.
     ours, theirs = (Inputs.random(architecture, SHAPES, short_text=False).requires_grad() for _ in range(2))

@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 4 -m tests.parallel.layouts --layouts one,tp2,tp2-sp,cp2-full,... --out DIR
     python -m tests.parallel.layouts --fork 4 --layouts ...    # the same on one host; imports Megatron only once
 
-A layout is named by its parts: tp2, cp2, pp2, dp2 (sizes), sp (sequence parallelism), fsdp (Megatron-FSDP, all
-sharded), packs2 (the step's samples in two packs), full or selective (recomputation), single (one sample instead of
-four), load:NAME (go on from the checkpoint that layout NAME saved half-way) and save (save it). `one` is one rank.
+A layout is named by its parts: tp2, cp2, pp2, dp2 (sizes), sp (sequence parallelism), ring (instead of Ulysses), fsdp
+(Megatron-FSDP, all sharded), packs2 (the step's samples in two packs), full or selective (recomputation), single (one
+sample instead of four), load:NAME (go on from the checkpoint that layout NAME saved half-way) and save (save it). `one`
+is one rank.
 Layouts of fewer ranks than were started leave the others idle. float32 on gloo without a GPU, bfloat16 on NCCL with.
 The process groups are made anew for each layout in the same processes.
 This module stays light, because Megatron writes checkpoints in spawned processes that import it anew.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = r"one|save|sp|fsdp|full|selective|single|(tp|cp|pp|dp|packs)\d+"
+PARTS = r"one|save|sp|ring|fsdp|full|selective|single|(tp|cp|pp|dp|packs)\d+"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Layout:
     dp: int = 1
     packs: int = 1  # per step
     sp: bool = False
+    ring: bool = False
     fsdp: bool = False
     recompute: str | None = None
     single: bool = False
@@ -72,6 +74,8 @@ class Layout:
             f"model.pipeline_model_parallel_size={self.pp}", f"model.sequence_parallel={str(self.sp).lower()}",
             f"train.global_batch_size={self.packs}",
         ]  # fmt: skip
+        if self.ring:
+            result += ["model.cp_comm_type=p2p"]
         if self.recompute:
             result += [f"model.recompute_granularity={self.recompute}"]
         if self.recompute == "full":

@@ -20,7 +20,9 @@ from wan_core.model.config import WanTransformerConfig
 ROOT = Path(__file__).parents[2]
 LAYOUTS = (
     "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2", "tp2-pp2", "tp2-sp-cp2",
+    "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
 )  # fmt: skip
+SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
 RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
 SAVED = ("tp2-save", "tp2-sp-cp2-save")
 LOADED = ("cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save")
@@ -33,7 +35,7 @@ slow = pytest.mark.slow
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the results of all layouts."""
     out = tmp_path_factory.mktemp("layouts")
-    names = (*BASES, *LAYOUTS, *RECOMPUTED, *SAVED, *LOADED)
+    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *SAVED, *LOADED)
     command = [sys.executable, "-m", "tests.parallel.layouts", "--fork", "4", "--layouts", ",".join(names)]
     with (out / "log.txt").open("w") as log:
         result = subprocess.run(
@@ -49,7 +51,7 @@ def found(runs: Path, name: str) -> Run:
 
 
 @slow
-@pytest.mark.parametrize("name", (*LAYOUTS, *RECOMPUTED, *SAVED, *LOADED))
+@pytest.mark.parametrize("name", (*LAYOUTS, *SELECTIVE, *RECOMPUTED, *SAVED, *LOADED))
 def test_a_layout_equals_one_rank(runs: Path, name: str) -> None:
     run = found(runs, name)
     errors = compare(run, found(runs, "single" if Layout.of(name).single else "one"))

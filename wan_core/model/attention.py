@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.kernels import packed_attention
-from wan_core.model.ops import head_norm
+from wan_core.model.ops import gelu, head_norm
+from wan_core.model.ring import ring_attention
 from wan_core.packing import Packing
 from wan_core.parallel import Parallel, heads_to_tokens, tokens_to_heads
 
@@ -84,10 +84,16 @@ class SelfAttention(MegatronModule):
         weights = self.q_norm.weight, self.k_norm.weight
         parts = qkv.unflatten(-1, (-1, 3, head_dim))
         q, k, v = head_norm(parts, weights, rotary, eps, self.parallel)  # [tokens / cp, heads / tp, d] each
-        if self.parallel.cp > 1:  # [tokens, heads / tp / cp, d] each
-            q, k, v = heads_to_tokens(torch.stack((q, k, v), dim=1), self.parallel).unbind(1)
-        out = packed_attention(q, k, v, packing.self_segments)
-        return self.linear_proj(tokens_to_heads(out, self.parallel).flatten(1))[0]
+        return self.linear_proj(self._attend(q, k, v, packing).flatten(1))[0]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """[tokens / cp, heads / tp, d] each -> the same shape."""
+        if self.parallel.cp == 1:
+            return packed_attention(q, k, v, packing.self_segments)
+        if self.config.cp_comm_type == "p2p":
+            return ring_attention(q, k, v, packing, self.parallel)
+        q, k, v = heads_to_tokens(torch.stack((q, k, v), dim=1), self.parallel).unbind(1)  # [tokens, heads/tp/cp, d]
+        return tokens_to_heads(packed_attention(q, k, v, packing.self_segments), self.parallel)
 
 
 class CrossAttention(MegatronModule):
@@ -122,4 +128,4 @@ class MLP(MegatronModule):
         self.linear_fc2 = row_linear(config, config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)[0], approximate="tanh"))[0]
+        return self.linear_fc2(gelu(self.linear_fc1(x)[0]))[0]

@@ -33,6 +33,7 @@ class WanTransformerConfig(TransformerConfig):
         self.has_cond_embedder = True  # megatron sums the replicated embedders' gradients over pipeline stages
         self.variable_seq_lengths = True  # packs differ in length
         self.moe_token_dispatcher_type = "alltoall"  # no experts here, but megatron checks it beside the line above
+        self.recompute_modules = []  # megatron's default names parts of its own blocks
         self.calculate_per_token_loss = True  # the loss is a mean over the global batch's real tokens
         self.activation_func = F.gelu
         self.add_bias_linear = True
@@ -81,17 +82,24 @@ def check_layout(config: TransformerConfig) -> None:
         f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp}; choose one of {divisors}",
     )
     check(
-        config.cp_comm_type in (None, "a2a"),
-        f"cp_comm_type={config.cp_comm_type!r} is not there yet; leave it out, or choose a2a",
+        config.cp_comm_type in (None, "a2a", "p2p"),
+        f"cp_comm_type={config.cp_comm_type!r} is neither a2a, which exchanges heads (Ulysses, also when left out), "
+        "nor p2p, a ring that passes on keys and values; choose one of them",
     )
     check(
-        config.recompute_granularity in (None, "full"),
-        f"recompute_granularity={config.recompute_granularity!r} is not there yet; leave it out, or choose full",
+        config.recompute_granularity in (None, "selective", "full"),
+        f"recompute_granularity={config.recompute_granularity!r} is neither selective nor full; choose one, or leave "
+        "it out",
     )
     check(
-        heads % (tp * cp) == 0,
+        not config.recompute_modules,
+        f"recompute_modules={config.recompute_modules} names parts of megatron's own blocks; leave it out: selective "
+        "recomputes norms, rotations, GELU and gated adds",
+    )
+    check(
+        config.cp_comm_type == "p2p" or heads % (tp * cp) == 0,
         f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x "
-        f"context_parallel_size={cp}, which exchanges heads; choose a product among {divisors}",
+        f"context_parallel_size={cp}, which exchanges heads; choose a product among {divisors}, or cp_comm_type=p2p",
     )
     check(
         config.ffn_hidden_size is None or config.ffn_hidden_size % tp == 0,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,62 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
         return _flash_attention(q, k, v, segments)
     pieces = zip(*_split(q, k, v, segments), strict=True)
     return torch.cat([_cudnn_attention(*piece) for piece in pieces if piece[0].shape[0]])
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Attention of queries to a part of their keys, for `ring`: what it would be if these were all of them.
+
+    Args:
+        segments: none of them empty.
+
+    Returns:
+        [query tokens, heads, d], and the logarithm of each row's sum of exponentials, [query tokens, heads] float32.
+    """
+    if q.is_cuda:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out, lse, *_ = _flash_attn_fwd(q, k, v, **_varlen(segments, q.device), return_lse=True)
+        return out, lse.T
+    outs, lses = [], []
+    for queries, keys, values in zip(*_split(q, k, v, segments), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * q.shape[-1] ** -0.5
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        lses.append(scores.logsumexp(-1).T)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def block_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by way of one part of the keys.
+
+    Args:
+        out, lse: of the attention to all keys; the part's probabilities follow from them.
+    """
+    if q.is_cuda:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        return _flash_attn_bwd(q, k, v, out, grad, lse.T.contiguous(), **_varlen(segments, q.device))
+    scale, grads = q.shape[-1] ** -0.5, ([], [], [])  # type: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    whole = (x.split(segments.q_lengths) for x in (grad, out, lse))
+    for queries, keys, values, g, o, row in zip(*_split(q, k, v, segments), *whole, strict=True):
+        p = (torch.einsum("qhd,khd->hqk", queries, keys) * scale - row.T[..., None]).exp()
+        along = (g * o).sum(-1).T[..., None]
+        through = p * (torch.einsum("qhd,khd->hqk", g, values) - along) * scale
+        grads[0].append(torch.einsum("hqk,khd->qhd", through, keys))
+        grads[1].append(torch.einsum("hqk,qhd->khd", through, queries))
+        grads[2].append(torch.einsum("hqk,qhd->khd", p, g))
+    grad_q, grad_k, grad_v = map(torch.cat, grads)
+    return grad_q, grad_k, grad_v
+
+
+def _varlen(segments: Segments, device: torch.device) -> dict[str, Any]:
+    """FlashAttention's names for the boundaries."""
+    cu_q, cu_k = segments.cu_seqlens(device)
+    return {
+        "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k,
+        "max_seqlen_q": max(segments.q_lengths), "max_seqlen_k": max(segments.k_lengths),
+    }  # fmt: skip
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Sequence[Tensor], ...]:
@@ -99,9 +155,5 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     if len(segments.q_lengths) == 1:  # the dense kernel is up to 10 % faster than the variable-length one
         out = flash_attn_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))
         return (out[0] if isinstance(out, tuple) else out).squeeze(0)
-    cu_q, cu_k = segments.cu_seqlens(q.device)
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
-        max_seqlen_q=max(segments.q_lengths), max_seqlen_k=max(segments.k_lengths),
-    )  # fmt: skip
+    out = flash_attn_varlen_func(q, k, v, **_varlen(segments, q.device))
     return out[0] if isinstance(out, tuple) else out

@@ -19,6 +19,7 @@ from wan_core.model.config import WanTransformerConfig
 from wan_core.model.embeddings import TextEmbedding, TimeEmbedding
 from wan_core.model.layer import WanLayer
 from wan_core.model.ops import modulated_norm
+from wan_core.model.recompute import selective
 from wan_core.model.rope import packed_rotary
 from wan_core.packing import Packing
 from wan_core.parallel import Parallel
@@ -86,13 +87,14 @@ class WanModel(MegatronModule):
         else:
             assert self.input_tensor is not None
             x = self.input_tensor.squeeze(1)
-        for layer, recompute in self._layers_to_run():
-            inputs = (x, modulation, text, rotary, shard.local_lengths, packing)
-            x = (
-                checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else layer(*inputs)
-            )
+        with selective(self.config.recompute_granularity == "selective" and self.training):
+            for layer, recompute in self._layers_to_run():
+                inputs = (x, modulation, text, rotary, shard.local_lengths, packing)
+                x = (
+                    checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    if recompute
+                    else layer(*inputs)
+                )
         if not self.post_process:
             return x.unsqueeze(1)
         velocity = self.head(x, embedding, shard.local_lengths)
@@ -101,7 +103,7 @@ class WanModel(MegatronModule):
         return velocity
 
     def _layers_to_run(self) -> Iterator[tuple[nn.Module, bool]]:
-        """Each layer, and whether its activations are recomputed in the backward pass."""
+        """Each layer, and whether all of its activations are recomputed in the backward pass."""
         full = self.config.recompute_granularity == "full" and self.training and torch.is_grad_enabled()
         count = len(self.layers)
         if full and self.config.recompute_method == "block":

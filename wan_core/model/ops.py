@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_core.model.recompute import cheap
 from wan_core.model.rope import rotate
 from wan_core.parallel import Parallel, sum_over_tp
 
 
+@cheap
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, lengths: Sequence[int], eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift with each token's own sample's values.
 
@@ -36,6 +38,7 @@ def torch_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, lengths: Seque
     return (normed * (1 + per_token(scale, lengths)) + per_token(shift, lengths)).to(x.dtype)
 
 
+@cheap
 def gated_add(x: Tensor, update: Tensor, gate: Tensor, lengths: Sequence[int]) -> Tensor:
     """x + update * gate; x and update [tokens, h], gate [samples, h] float32, lengths of the samples' runs."""
     if x.is_cuda:
@@ -55,6 +58,7 @@ def per_token(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return values.repeat_interleave(repeats, dim=0, output_size=sum(lengths))
 
 
+@cheap
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm of x [tokens, h]; weight and bias [h] float32."""
     if x.is_cuda:
@@ -81,6 +85,13 @@ class AffineLayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+@cheap
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    return F.gelu(x, approximate="tanh")
+
+
+@cheap
 def head_norm(
     x: Tensor, weights: Sequence[Tensor], rotary: Tensor | None, eps: float, parallel: Parallel
 ) -> tuple[Tensor, ...]:

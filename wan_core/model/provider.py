@@ -20,7 +20,7 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
     """WanTransformerConfig whose checks wait for `finalize`, so that overrides may change fields first."""
 
     initial_weights: str | None = None  # a Diffusers folder; None: random weights from init_seed
-    seq_length: int = 4096  # Bridge's logging wants one; packs have their own lengths
+    seq_length: int = 4096  # Bridge checks that it divides by 2 cp (see finalize); packs have their own lengths
     vocab_size: int = 1  # Bridge builds a tokenizer for every model; nothing reads it
     should_pad_vocab: bool = False
     make_vocab_size_divisible_by: int = 1
@@ -39,6 +39,7 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
             f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} is not supported; "
             "leave it out",
         )
+        self.seq_length = 4096 * self.context_parallel_size
         WanTransformerConfig.__post_init__(self)
 
     @classmethod

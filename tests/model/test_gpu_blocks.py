@@ -1,0 +1,47 @@
+"""FlashAttention 4 on parts of the keys, as ring attention calls it, against float64."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from wan_core.model.kernels import block_attention, block_attention_backward
+from wan_core.packing import Segments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (find_spec("flash_attn") and find_spec("flash_attn.cute")), reason="needs flash-attn-4"),
+]
+
+
+@pytest.mark.parametrize("lengths", [((300,), (411,)), ((130, 1, 257), (64, 500, 3))])
+def test_parts_of_the_keys_add_up(lengths: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Two parts merged by their sums of exponentials, and their gradients added, are attention to all keys."""
+    torch.manual_seed(0)
+    heads, dim, (q_lengths, k_lengths) = 4, 128, lengths
+    q, grad = (torch.randn(sum(q_lengths), heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    parts = [
+        [torch.randn(sum(k_lengths), heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for _ in range(2)
+    ]
+    segments = Segments(q_lengths, k_lengths)
+    outs = [block_attention(q, k, v, segments) for k, v in parts]
+    lse = torch.logaddexp(outs[0][1], outs[1][1])
+    merged = sum(out.float() * (part - lse).exp()[..., None] for out, part in outs)
+    assert isinstance(merged, torch.Tensor)
+    grads = [block_attention_backward(grad, q, k, v, merged.bfloat16(), lse, segments) for k, v in parts]
+
+    exact = [q.double().requires_grad_()] + [x.double().requires_grad_() for part in parts for x in part]
+    queries, keys = exact[0].split(q_lengths), [x.split(k_lengths) for x in exact[1:]]
+    expected = []
+    for i, own in enumerate(queries):
+        k, v = torch.cat((keys[0][i], keys[2][i])), torch.cat((keys[1][i], keys[3][i]))
+        scores = torch.einsum("qhd,khd->hqk", own, k) / dim**0.5
+        expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    whole = torch.cat(expected)
+    exact_grads = torch.autograd.grad(whole, exact, grad.double())
+    found = [grads[0][0].double() + grads[1][0].double(), *(g.double() for part in grads for g in part[1:])]
+    for mine, other in zip([merged.double(), *found], [whole, *exact_grads], strict=True):
+        assert float((mine - other).norm() / other.norm()) <= 1e-2
