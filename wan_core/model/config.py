@@ -33,7 +33,7 @@ class WanTransformerConfig(TransformerConfig):
         self.has_cond_embedder = True  # megatron sums the replicated embedders' gradients over pipeline stages
         self.variable_seq_lengths = True  # packs differ in length
         self.moe_token_dispatcher_type = "alltoall"  # no experts here, but megatron checks it beside the line above
-        self.recompute_modules = []  # megatron's default names parts of its own blocks
+        self.recompute_modules: list[str] = []  # megatron's default names parts of its own blocks
         self.calculate_per_token_loss = True  # the loss is a mean over the global batch's real tokens
         self.activation_func = F.gelu
         self.add_bias_linear = True

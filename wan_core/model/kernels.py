@@ -78,16 +78,16 @@ def block_attention_backward(
         from flash_attn.cute.interface import _flash_attn_bwd
 
         return _flash_attn_bwd(q, k, v, out, grad, lse.T.contiguous(), **_varlen(segments, q.device))
-    scale, grads = q.shape[-1] ** -0.5, ([], [], [])  # type: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    scale = q.shape[-1] ** -0.5
+    grads: list[tuple[Tensor, Tensor, Tensor]] = []
     whole = (x.split(segments.q_lengths) for x in (grad, out, lse))
     for queries, keys, values, g, o, row in zip(*_split(q, k, v, segments), *whole, strict=True):
         p = (torch.einsum("qhd,khd->hqk", queries, keys) * scale - row.T[..., None]).exp()
         along = (g * o).sum(-1).T[..., None]
         through = p * (torch.einsum("qhd,khd->hqk", g, values) - along) * scale
-        grads[0].append(torch.einsum("hqk,khd->qhd", through, keys))
-        grads[1].append(torch.einsum("hqk,qhd->khd", through, queries))
-        grads[2].append(torch.einsum("hqk,qhd->khd", p, g))
-    grad_q, grad_k, grad_v = map(torch.cat, grads)
+        grad_q = torch.einsum("hqk,khd->qhd", through, keys)
+        grads.append((grad_q, torch.einsum("hqk,qhd->khd", through, queries), torch.einsum("hqk,qhd->khd", p, g)))
+    grad_q, grad_k, grad_v = (torch.cat(parts) for parts in zip(*grads, strict=True))
     return grad_q, grad_k, grad_v
 
 

@@ -68,7 +68,7 @@ class _Recorder:
         found = self.known.get(tensor.untyped_storage().data_ptr())
         if found is None:
             return tensor.detach()
-        return _Handle(found[1], found[2], tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Handle(found[1], found[2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(value: Any) -> Any:
@@ -104,7 +104,7 @@ def cheap[**P, R](op: Callable[P, R]) -> Callable[P, R]:
         if recorder is None or not torch.is_grad_enabled():
             return op(*args, **kwargs)
         assert not kwargs, "a recipe holds positional arguments"
-        output = op(*args)
+        output = op(*args, **kwargs)
         recipe = _Recipe(op, tuple(recorder.pack(value) for value in args))
         given = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
         for index, tensor in enumerate(output if isinstance(output, tuple) else (output,)):

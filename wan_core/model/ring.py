@@ -66,7 +66,7 @@ class _RingAttention(Function):
             arriving = pass_on(kv, parallel) if step < parallel.cp - 1 else None
             block = _block(packing, (parallel.cp_rank - step) % parallel.cp)
             if block is not None:
-                part, part_lse = block_attention(q[block.q], *kv[:, block.k], block.segments)
+                part, part_lse = block_attention(q[block.q], kv[0, block.k], kv[1, block.k], block.segments)
                 before, after = lse[block.q], torch.logaddexp(lse[block.q], part_lse)
                 out[block.q] *= (before - after).exp()[..., None]
                 out[block.q] += part.float() * (part_lse - after).exp()[..., None]
@@ -94,7 +94,13 @@ class _RingAttention(Function):
             block = _block(packing, (parallel.cp_rank - step) % parallel.cp)
             if block is not None:
                 part_q, part_k, part_v = block_attention_backward(
-                    grad[block.q], q[block.q], *kv[:, block.k], out[block.q], lse[block.q], block.segments
+                    grad[block.q],
+                    q[block.q],
+                    kv[0, block.k],
+                    kv[1, block.k],
+                    out[block.q],
+                    lse[block.q],
+                    block.segments,
                 )
                 grad_q[block.q] += part_q
             if sums_arriving is not None:
