@@ -95,7 +95,7 @@ class EncodeConfig:
     fps: float = 16.0
     mode: Literal["video", "frames"] = "video"  # frames: one latent per clip from its first frame
     center_crop: bool = True  # False: stretch to the size
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "tfloat32", "float16", "bfloat16"] = "float32"  # what its products are of
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # never float16: UMT5 overflows to zeros
     clips_per_part: int = place(64)
     max_quarantine_share: float = place(0.2)  # above it the stage fails

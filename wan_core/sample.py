@@ -94,7 +94,7 @@ def sample_videos(
                 noise = torch.stack([_noise((channels, *shape), config.seed + i) for i in batch]).to(device)
                 latents += denoise(config, transformer, noise, [pairs[i] for i in batch], model, bar).unbind()
     gc.collect()
-    vae = load_vae(model, torch.float32, device)
+    vae = load_vae(model, "float32", device)
     for number, sample in enumerate(latents):
         video = vae.decode(sample.unsqueeze(0))[0]  # [3, T, H, W] in [-1, 1]
         pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

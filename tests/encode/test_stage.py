@@ -79,7 +79,7 @@ def test_samples_hold_what_the_encoders_give(videos: Path, tiny_model: Path, tmp
     record = stage.run(CONFIG, videos, tiny_model, tmp_path / "out")
     samples = read_samples(record)
     assert record.num_clips == len(samples) == 7 and record.num_quarantined == 0 and len(record.parts) == 3
-    vae, text = load_vae(tiny_model, torch.float32, DEVICE), load_text_encoder(tiny_model, torch.float32, DEVICE)
+    vae, text = load_vae(tiny_model, "float32", DEVICE), load_text_encoder(tiny_model, torch.float32, DEVICE)
     for line in lines(record.path / "clips.jsonl"):
         sample = samples[line["key"]]
         frames = read_video(videos / line["path"], CONFIG)

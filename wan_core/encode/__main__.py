@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("max_frames", type=int, default=default.max_frames, help="4n+1 (default %(default)s)")
     add("min_frames", type=int, default=default.min_frames, help="shorter clips are quarantined (default %(default)s)")
     add("fps", type=float, default=default.fps, help="clips are resampled to it (default %(default)s)")
-    add("vae_dtype", choices=("float32", "bfloat16"), default=default.vae_dtype)
+    add("vae_dtype", choices=("float32", "tfloat32", "float16", "bfloat16"), default=default.vae_dtype)
     add("text_dtype", choices=("float32", "bfloat16"), default=default.text_dtype)
     add("shard_maxcount", type=int, default=sharding.max_samples, help="samples per shard (default %(default)s)")
     add("val_share", type=float, default=sharding.val_share, help="share of validation files (default %(default)s)")

@@ -105,7 +105,7 @@ def plan(config: EncodeConfig, videos: Path, model: Path, output_dir: Path) -> E
 
 def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
     """Load both encoders onto a device: once per worker process."""
-    vae = load_vae(model, getattr(torch, config.vae_dtype), device)
+    vae = load_vae(model, config.vae_dtype, device)
     text = load_text_encoder(model, getattr(torch, config.text_dtype), device)
     return Encoders(vae, text, encoder_identity(model))
 

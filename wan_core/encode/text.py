@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whos
     from transformers import UMT5EncoderModel
 
 
+LENGTH_STEP = 64  # captions are padded to a multiple of it
+BATCH_TOKENS = 4096  # of one forward, padding included
+
+
 def clean_caption(caption: str) -> str:
     """What WAN 2.1 does to a caption first: repaired encoding, HTML entities resolved (twice), single spaces."""
     import ftfy
@@ -40,32 +44,52 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Embeddings of each caption, cut at its true length; equal captions are encoded once and share a tensor.
 
-        One caption per forward, padded to TEXT_LENGTH as WanPipeline pads it: other batches or paddings change the
-        last bits, and an embedding should depend on its caption alone.
-
         Returns:
             per caption [n <= TEXT_LENGTH, text_dim] in the encoder's dtype, on its device.
 
         Raises:
             ValueError: an embedding is all zero or not finite.
         """
-        known: dict[str, Tensor] = {}
-        for caption in captions:
-            cleaned = clean_caption(caption)
-            if cleaned not in known:
-                known[cleaned] = self._encode_one(cleaned)
-        return [known[clean_caption(caption)] for caption in captions]
+        cleaned = [clean_caption(caption) for caption in captions]
+        distinct = list(dict.fromkeys(cleaned))
+        ids = [self.tokenizer(text, max_length=TEXT_LENGTH, truncation=True).input_ids for text in distinct]
+        known = dict(zip(distinct, encode_ids(self.model, ids), strict=True))
+        for text, embeds in known.items():
+            if not embeds.isfinite().all() or not embeds.any():
+                state = "all zero" if embeds.isfinite().all() else "not finite"
+                raise ValueError(f"text embedding of {text!r} is {state}; check the weights in text_encoder/")
+        return [known[text] for text in cleaned]
 
-    def _encode_one(self, cleaned: str) -> Tensor:
-        tokens = self.tokenizer(
-            cleaned, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-        )
-        ids, mask = tokens.input_ids.to(self.model.device), tokens.attention_mask.to(self.model.device)
-        embeds = self.model(ids, mask).last_hidden_state[0, : int(mask.sum())].clone()
-        if not embeds.isfinite().all() or not embeds.any():
-            state = "all zero" if embeds.isfinite().all() else "not finite"
-            raise ValueError(f"text embedding of {cleaned!r} is {state}; check the weights in text_encoder/")
-        return embeds
+
+@torch.no_grad()
+def encode_ids(model: UMT5EncoderModel, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Embeddings of token sequences, in batches of like length.
+
+    Padding is masked, so it costs time and changes nothing but last bits. Those depend on a batch's shape: a sequence
+    is padded to the next multiple of LENGTH_STEP, and a batch of one length has one size (missing sequences are
+    repeated ones), so that an embedding depends on its own tokens alone.
+
+    Args:
+        ids: per sequence 1 to TEXT_LENGTH tokens.
+
+    Returns:
+        per sequence [its length, text_dim].
+    """
+    embeds: dict[int, Tensor] = {}
+    alike: dict[int, list[int]] = {}
+    for index, tokens in enumerate(ids):
+        alike.setdefault(-(-len(tokens) // LENGTH_STEP) * LENGTH_STEP, []).append(index)
+    for length, members in sorted(alike.items()):
+        size = BATCH_TOKENS // length
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            rows = [ids[index] for index in batch] + [ids[batch[0]]] * (size - len(batch))
+            lengths = torch.tensor([len(tokens) for tokens in rows])
+            padded = torch.tensor([[*tokens, *[0] * (length - len(tokens))] for tokens in rows]).to(model.device)
+            mask = (torch.arange(length) < lengths[:, None]).long().to(model.device)
+            states = model(padded, mask).last_hidden_state
+            embeds |= {index: states[row, : len(ids[index])].clone() for row, index in enumerate(batch)}
+    return [embeds[index] for index in range(len(ids))]
 
 
 def load_text_encoder(model_dir: Path, dtype: torch.dtype, device: torch.device | str) -> TextEncoder:

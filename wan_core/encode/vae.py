@@ -1,4 +1,4 @@
-"""Pixels to normalised latents and back, through diffusers' AutoencoderKLWan."""
+"""Pixels to normalised latents and back, through AutoencoderKLWan."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 
 from wan_core.config import VAE_TEMPORAL_STRIDE
+from wan_core.encode.vae_encoder import PRECISIONS, FastEncoder, allow_tf32, to_float
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
     from diffusers import AutoencoderKLWan
 
 
 class Vae:
-    """A frozen AutoencoderKLWan with the normalisation of its latents; untiled, as WAN 2.1 was trained."""
+    """A frozen float32 AutoencoderKLWan with the normalisation of its latents; untiled, as WAN 2.1 was trained.
 
-    def __init__(self, model: AutoencoderKLWan) -> None:
+    Args:
+        precision: `float32` encodes with diffusers' own forward, TF32 off: the reference. `tfloat32`, `float16` and
+            `bfloat16` encode with `FastEncoder`, whose products are of that type. Decoding is float32 always.
+    """
+
+    def __init__(self, model: AutoencoderKLWan, precision: str = "float32") -> None:
         self.model = model.eval().requires_grad_(False)
+        self.precision = precision
+        self.fast = None if precision == "float32" else FastEncoder(model, PRECISIONS[precision])
         shape = (1, model.config.z_dim, 1, 1, 1)
         self.mean = torch.tensor(model.config.latents_mean, device=model.device).view(shape)  # float32
         self.std = torch.tensor(model.config.latents_std, device=model.device).view(shape)
@@ -28,7 +36,7 @@ class Vae:
         """Posterior mean, normalised per channel in float32.
 
         Args:
-            video: [B, 3, T, H, W] in [-1, 1], T = 4n+1, H and W multiples of 8.
+            video: [B, 3, T, H, W], float in [-1, 1] or uint8, T = 4n+1, H and W multiples of 8.
 
         Returns:
             float32 [B, 16, (T - 1) / 4 + 1, H / 8, W / 8] on the VAE's device.
@@ -38,20 +46,26 @@ class Vae:
         """
         if video.shape[2] % VAE_TEMPORAL_STRIDE != 1:
             raise ValueError(f"video has {video.shape[2]} frames, which is not 4n+1; cut it to such a length")
-        video = video.to(self.model.device, self.model.dtype)
-        mean = self.model.encode(video).latent_dist.mode()
-        return (mean.float() - self.mean) / self.std
+        video = video.to(self.model.device, non_blocking=True)
+        if self.fast:
+            mean = self.fast(video.permute(0, 2, 3, 4, 1))
+        else:
+            with allow_tf32(False):
+                mean = self.model.encode(to_float(video)).latent_dist.mode()
+        return (mean - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 16, t, h, w] to float32 video [B, 3, 4 * (t - 1) + 1, 8 * h, 8 * w] in [-1, 1]."""
         latents = latents.to(self.model.device, torch.float32) * self.std + self.mean
-        return self.model.decode(latents.to(self.model.dtype)).sample.float().clamp(-1, 1)
+        return self.model.decode(latents).sample.clamp(-1, 1)
 
 
-def load_vae(model_dir: Path, dtype: torch.dtype, device: torch.device | str) -> Vae:
+def load_vae(model_dir: Path, precision: str, device: torch.device | str) -> Vae:
     """The VAE of a Diffusers folder."""
     from diffusers import AutoencoderKLWan
 
-    model = AutoencoderKLWan.from_pretrained(model_dir, subfolder="vae", torch_dtype=dtype, local_files_only=True)
-    return Vae(model.to(device))
+    model = AutoencoderKLWan.from_pretrained(
+        model_dir, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+    )
+    return Vae(model.to(device), precision)

@@ -1,0 +1,275 @@
+"""Time the VAE's encoder and UMT5 at full size on one GPU, beside diffusers and the peer's loop.
+
+    python3 benchmarks/encode.py                 # the table: about 3 minutes
+    python3 benchmarks/encode.py --only convs    # each convolution by itself, cuDNN and ours: about 1 minute
+
+Needs torch, triton, diffusers and transformers; no network, no PyAV: weights are random in the published configs, and
+frames come from threads that take as long as a decoder would. One JSON line per row. `error` is |ours - reference| /
+|reference| of the posterior mean (not normalised: the subtraction of the latents' mean would hide some of it) over one
+clip; the reference is diffusers in float32 with TF32 off. torch's default leaves TF32 on in convolutions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from wan_core.encode import feed
+from wan_core.encode.vae import Vae
+from wan_core.encode.vae_encoder import PRECISIONS, FastEncoder, allow_tf32, to_float
+
+FRAMES, HEIGHT, WIDTH = 81, 480, 832
+DECODE_SECONDS, DECODE_THREADS = 0.8, 4  # a 480p H.264 clip of 81 frames on one core, resize included
+
+
+def report(**values: Any) -> None:
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+
+
+def clip() -> Tensor:
+    """A smooth moving picture with some grain: uint8 [1, 3, T, H, W]."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    coarse = torch.rand(3, 1, 12, 16, 24, device="cuda", generator=generator)
+    video = torch.cat([F.interpolate(one[None], (FRAMES, HEIGHT, WIDTH), mode="trilinear") for one in coarse], 1)
+    video += torch.rand(video.shape, device="cuda", generator=generator) / 16
+    return (video.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def seconds(work: Callable[[], Any], repeats: int) -> float:
+    work()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def measured(row: str, encode: Callable[[Tensor], Tensor], video: Tensor, reference: Tensor | None) -> Tensor | None:
+    """One row of the table; None if it fails, and then the row says why."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        mean = encode(video)
+        error = None if reference is None else float((mean - reference).norm() / reference.norm())
+        took = seconds(lambda: encode(video), 2)
+    except Exception as failure:  # a row that fails must not cost the others their time on the machine
+        report(row=row, failed=f"{type(failure).__name__}: {failure}"[:600])
+        return None
+    report(row=row, seconds=took, error=error, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
+    return mean
+
+
+def diffusers_rows(video: Tensor) -> tuple[AutoencoderKLWan, Tensor]:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoencoderKLWan().eval().requires_grad_(False)
+
+    def encode(video: Tensor) -> Tensor:
+        return model.encode(to_float(video).to(model.dtype)).latent_dist.mode().float()
+
+    with allow_tf32(False):
+        reference = measured("diffusers float32", encode, video, None)
+    assert reference is not None
+    with allow_tf32(True):
+        measured("diffusers float32, TF32 convolutions (torch's default)", encode, video, reference)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    model.bfloat16()
+    measured("diffusers bfloat16", encode, video, reference)
+    model.load_state_dict(weights)
+    model.half().enable_tiling()
+    measured("diffusers float16, tiled (the peer's loop)", encode, video, reference)
+    model.disable_tiling()
+    model.float().load_state_dict(weights)
+    return model, reference
+
+
+def our_rows(model: AutoencoderKLWan, reference: Tensor, video: Tensor) -> None:
+    frames = video.permute(0, 2, 3, 4, 1).contiguous()
+    for name, precision in PRECISIONS.items():
+        for conv in ("cudnn", "triton"):
+            if (name, conv) == ("float32", "triton"):
+                continue
+            encoder = FastEncoder(model, precision, conv)
+            measured(f"ours {name}, {conv}", encoder, frames, reference)
+            if name in ("tfloat32", "bfloat16"):
+                kernels(f"ours {name}, {conv}", partial(encoder, frames))
+
+
+def kernels(row: str, work: Callable[[], Any]) -> None:
+    """Where one clip's time on the GPU goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            started = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            wall = time.perf_counter() - started
+        events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+        events.sort(key=lambda event: -event.self_device_time_total)
+        top = {event.key[:90]: [event.count, round(event.self_device_time_total / 1e3, 1)] for event in events[:14]}
+        busy = sum(event.self_device_time_total for event in events) / 1e6
+        report(row=f"kernels of {row}", busy_seconds=busy, wall_seconds=wall, count_and_ms=top)
+    except Exception as failure:  # some hosts have no CUPTI
+        report(row=f"kernels of {row}", failed=f"{type(failure).__name__}: {failure}"[:300])
+
+
+def pipeline_row(model: AutoencoderKLWan, name: str, clips: int) -> None:
+    """Clips from decoding threads through the encoder and back to the CPU, as a part of the encode stage runs."""
+    vae = Vae(model, name)
+    source = clip()[0].permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def decode(number: int) -> Tensor:
+        started = time.perf_counter()
+        frames = np.roll(source, number, axis=1)
+        time.sleep(max(DECODE_SECONDS - (time.perf_counter() - started), 0))
+        return feed.pinned(frames)
+
+    def launch(frames: Tensor) -> Callable[[], Tensor]:
+        span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        span[0].record()
+        latents = vae.encode(frames.permute(3, 0, 1, 2)[None])
+        span[1].record()
+        spans.append(span)
+        return feed.fetching(latents)
+
+    def encoded() -> Iterator[Tensor]:
+        return feed.one_behind(launch, feed.ahead(decode, range(clips + 1), DECODE_THREADS))
+
+    results = encoded()
+    next(results)  # the threads' first frames are there, kernels are compiled
+    started = time.perf_counter()
+    finite = all(bool(latents.isfinite().all()) for latents in results)
+    wall = time.perf_counter() - started
+    inside = sum(begin.elapsed_time(end) for begin, end in spans[2:]) / 1e3
+    report(
+        row=f"{clips} clips through ours {name}", seconds_per_clip=wall / clips, gpu_busy=inside / wall, finite=finite,
+        decode_seconds=DECODE_SECONDS, decode_threads=DECODE_THREADS,
+    )  # fmt: skip
+
+
+def conv_rows() -> None:
+    """One chunk's convolution at each width of the VAE, in TFLOP/s."""
+    for channels, lines, pixels, frames in ((96, 480, 832, 16), (192, 240, 416, 16), (384, 120, 208, 8)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            padded = torch.randn(1, frames + 2, lines + 2, pixels + 2, channels, device="cuda").to(dtype)
+            weight = torch.randn(channels, channels, 3, 3, 3, device="cuda").to(dtype)
+            compare_convs(padded, weight.contiguous(memory_format=torch.channels_last_3d))
+
+
+def compare_convs(padded: Tensor, weight: Tensor) -> None:
+    from triton.testing import do_bench
+
+    from wan_core.encode.vae_kernels import conv3
+
+    channels, dtype = padded.shape[-1], padded.dtype
+    work = 2 * 27 * channels**2 * (padded.shape[1] - 2) * (padded.shape[2] - 2) * (padded.shape[3] - 2) / 1e9
+    expected = F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+
+    def line(by: str, convolve: Callable[[], Tensor]) -> None:
+        about = {"row": "conv", "by": by, "channels": channels, "dtype": str(dtype)}
+        try:
+            apart = float((convolve() - expected).float().norm() / expected.float().norm())
+            report(**about, tflops=work / do_bench(convolve, 10, 40), apart=apart)
+        except Exception as failure:  # the other choices are still worth their time
+            report(**about, failed=f"{type(failure).__name__}: {failure}"[:300])
+
+    def cudnn() -> Tensor:
+        return F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+
+    for benchmark in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=True):
+            line(f"cudnn, benchmark={benchmark}", cudnn)
+    choices: tuple[dict[str, Any], ...] = ({}, {"stages": 4}, {"merged": False}, {"warps": 4}, {"m": 256}, {"k": 32})
+    for choice in choices[:1] if dtype == torch.float16 else choices:
+        line(f"ours {choice}", partial(conv3, padded, weight, dtype == torch.float32, **choice))
+
+
+def text_rows(captions: int) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    from wan_core.encode.text import encode_ids
+
+    config = UMT5Config(
+        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = UMT5EncoderModel(config).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(110), 0.5, captions).clip(4, 512).astype(int)
+    ids = [rng.integers(2, 256000, n).tolist() for n in lengths]
+
+    def whole(batch: int) -> list[Tensor]:
+        out = []
+        for start in range(0, captions, batch):
+            rows = ids[start : start + batch]
+            padded = torch.tensor([row + [0] * (512 - len(row)) for row in rows], device="cuda")
+            with torch.no_grad():
+                states = model(padded, (padded != 0).long()).last_hidden_state
+            out += [state[: len(row)].clone() for state, row in zip(states, rows, strict=True)]
+        return out
+
+    reference = whole(1)
+    for row, work in (
+        ("one caption padded to 512 (WanPipeline)", lambda: whole(1)), ("32 captions padded to 512", lambda: whole(32)),
+        ("ours", lambda: encode_ids(model, ids)),
+    ):  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        pairs = zip(work(), reference, strict=True)
+        errors = [float((ours.float() - theirs.float()).norm() / theirs.float().norm()) for ours, theirs in pairs]
+        report(
+            row=f"UMT5-xxl bfloat16, {row}", captions_per_second=captions / seconds(work, 1), largest_error=max(errors),
+            mean_length=float(lengths.mean()), peak_gib=torch.cuda.max_memory_allocated() / 2**30,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--only", nargs="*", choices=("vae", "pipeline", "text", "convs"), default=["vae", "pipeline", "text"]
+    )
+    parser.add_argument("--clips", type=int, default=50)
+    parser.add_argument("--captions", type=int, default=256)
+    arguments = parser.parse_args()
+    report(
+        row="device", device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version()
+    )
+    if "convs" in arguments.only:
+        conv_rows()
+    if {"vae", "pipeline"} & set(arguments.only):
+        video = clip()
+        model, reference = diffusers_rows(video)
+        if "vae" in arguments.only:
+            our_rows(model, reference, video)
+        if "pipeline" in arguments.only:
+            for name in ("bfloat16", "tfloat32"):
+                pipeline_row(model, name, arguments.clips)
+        del model, reference, video
+        gc.collect()
+        torch.cuda.empty_cache()
+    if "text" in arguments.only:
+        text_rows(arguments.captions)
+
+
+if __name__ == "__main__":
+    main()

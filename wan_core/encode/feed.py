@@ -1,0 +1,63 @@
+"""Keeping an encoder busy: inputs prepared in threads ahead of it, results fetched one behind it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def ahead[T, R](function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """`map` in order, with `threads` results computed ahead in as many threads; so many are in memory, and one more."""
+    source = iter(items)
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        waiting: deque[Future[R]] = deque(pool.submit(function, item) for item in islice(source, threads))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+                yield result
+        finally:  # the consumer failed: what nobody waits for need not start
+            for future in waiting:
+                future.cancel()
+
+
+def one_behind[T, R](launch: Callable[[T], Callable[[], R]], items: Iterable[T]) -> Iterator[R]:
+    """For each item what the function that `launch(item)` returns gives, called after the next item's launch.
+
+    While the GPU works on what was launched, the CPU finishes the item before.
+    """
+    finish: Callable[[], R] | None = None
+    for item in items:
+        following = launch(item)
+        if finish:
+            yield finish()
+        finish = following
+    if finish:
+        yield finish()
+
+
+def pinned(frames: np.ndarray) -> Tensor:
+    """An array as a tensor that a GPU, if there is one, fetches while the CPU goes on."""
+    tensor = torch.from_numpy(frames)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def fetching(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start a tensor's copy to the CPU; the function waits for it."""
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def fetched() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return fetched

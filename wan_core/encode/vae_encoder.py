@@ -1,0 +1,279 @@
+"""The encoder of diffusers' AutoencoderKLWan, arranged for GPUs: channels last, many frames at a time, few passes.
+
+diffusers encodes 1 + 4 + 4 + ... frames, each convolution keeping the last two frames of its input for the next chunk.
+The sums do not depend on where the chunks end, so chunks of many frames give the same latents up to rounding. Weights
+are those of the diffusers model; what is rearranged is where a value lies and in which kernel it is computed.
+
+Activations are [B, T, H, W, C]. The input of a 3x3x3 convolution is `padded`: [B, 2 + T, H + 2, W + 2, C], two frames
+of the past in front (zeros before the first frame) and a border of zeros around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_core.config import VAE_TEMPORAL_STRIDE
+
+if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
+    from diffusers import AutoencoderKLWan
+
+MAX_ELEMENTS = 3 << 28  # of the largest activation: 18 frames of 480x832; kernels count elements in 32 bits
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the convolutions multiply in, and what the residual stream between them is kept in; sums are float32."""
+
+    product: torch.dtype
+    stream: torch.dtype
+    tf32: bool = False  # round products' operands to TF32, to nearest: tensor cores would cut them off
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return round_tf32(x) if self.tf32 else x.to(self.product)
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, torch.float32),
+    "tfloat32": Precision(torch.float32, torch.float32, tf32=True),
+    "float16": Precision(torch.float16, torch.float32),
+    "bfloat16": Precision(torch.bfloat16, torch.float32),
+}
+
+
+@dataclass
+class Pending:
+    """A sum that the next kernel forms while it reads: x + bias + residual."""
+
+    x: Tensor  # [B, T, H, W, C]
+    bias: Tensor | None = None  # float32 [C]
+    residual: Tensor | None = None  # [B, T, H, W, C]
+
+
+@dataclass
+class Past:
+    """The last frames of each convolution's input, by the convolution's name; empty at the start of a clip."""
+
+    frames: dict[str, Tensor] = field(default_factory=dict)
+
+
+class FastEncoder:
+    """Posterior mean of an AutoencoderKLWan.
+
+    Raises:
+        ValueError: the model has parts that this arrangement lacks (`supports`).
+    """
+
+    def __init__(self, model: AutoencoderKLWan, precision: Precision, conv: str = "triton") -> None:
+        if reason := unsupported(model):
+            raise ValueError(f"this VAE {reason}, which only diffusers' own encoder computes; choose vae_dtype=float32")
+        self.model, self.precision, self.conv = model, precision, conv
+        self.weights: dict[str, Tensor] = {}
+        self.biases: dict[str, Tensor] = {}
+        for name, module in [*model.encoder.named_modules(), ("quant_conv", model.quant_conv)]:
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                self.weights[name] = self._arranged(module.weight.detach().float())
+                assert module.bias is not None, f"{name} has no bias"
+                self.biases[name] = module.bias.detach().float()
+        # The last two convolutions are 0.1 % of the work: in float32 they add no error of their own.
+        for name, last in (("conv_out", model.encoder.conv_out), ("quant_conv", model.quant_conv)):
+            self.weights[name] = last.weight.detach().float()
+
+    def _arranged(self, weight: Tensor) -> Tensor:
+        inputs = weight.shape[1]
+        if inputs % 8:  # tensor cores want whole vectors of channels: RGB becomes 8 channels, 5 of them zero
+            weight = F.pad(weight, (0, 0) * (weight.ndim - 2) + (0, -inputs % 8))
+        layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+        return self.precision.rounded(weight).contiguous(memory_format=layout)
+
+    @torch.no_grad()
+    def __call__(self, video: Tensor) -> Tensor:
+        """Posterior mean, before the latents' normalisation.
+
+        Args:
+            video: [B, T, H, W, 3] on the model's device, float in [-1, 1] or uint8, T = 4n + 1.
+
+        Returns:
+            float32 [B, z, (T - 1) / 4 + 1, H / 8, W / 8].
+        """
+        past = Past()
+        with allow_tf32(self.precision.tf32):
+            means = [self._chunk(video[:, start:end], past) for start, end in self._chunks(video)]
+        return torch.cat(means, 1).permute(0, 4, 1, 2, 3)
+
+    def _chunks(self, video: Tensor) -> list[tuple[int, int]]:
+        """Bounds of chunks of 1 + 4n, 4n, 4n... frames that keep activations below MAX_ELEMENTS."""
+        batch, length, height, width, _ = video.shape
+        patch = self.model.config.patch_size or 1
+        frame = batch * (height // patch + 2) * (width // patch + 2) * self.model.config.base_dim
+        step = max((MAX_ELEMENTS // frame - 3) // VAE_TEMPORAL_STRIDE, 1) * VAE_TEMPORAL_STRIDE
+        starts = [0, *range(1 + step, length, step)]
+        return list(zip(starts, [*starts[1:], length], strict=True))
+
+    def _chunk(self, frames: Tensor, past: Past) -> Tensor:
+        encoder = self.model.encoder
+        padded = self._pad(self._pixels(frames), "conv_in", past)
+        stream = Pending(self._conv3(padded, "conv_in"), self.biases["conv_in"])
+        for i, block in enumerate(encoder.down_blocks):
+            name = f"down_blocks.{i}"
+            stream = (self._resample if hasattr(block, "resample") else self._residual)(block, name, stream, past)
+        stream = self._residual(encoder.mid_block.resnets[0], "mid_block.resnets.0", stream, past)
+        stream = self._attention(encoder.mid_block.attentions[0], "mid_block.attentions.0", stream)
+        stream = self._residual(encoder.mid_block.resnets[1], "mid_block.resnets.1", stream, past)
+        padded, _ = self._norm_silu(stream, encoder.norm_out, "conv_out", past, product=torch.float32)
+        out = F.conv3d(padded.permute(0, 4, 1, 2, 3), self.weights["conv_out"], self.biases["conv_out"])
+        moments = F.conv3d(out, self.weights["quant_conv"], self.biases["quant_conv"])
+        return moments.permute(0, 2, 3, 4, 1)[..., : self.model.config.z_dim].float()
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """[B, T, H, W, 3] to [B, T, H, W, 8] in [-1, 1], the channels (of patches, if the VAE has any) filled up."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
+        x = to_float(frames)
+        if patch := self.model.config.patch_size:
+            x = patchify(x.permute(0, 4, 1, 2, 3), patch).permute(0, 2, 3, 4, 1)
+        return self.precision.rounded(F.pad(x, (0, -x.shape[-1] % 8)))
+
+    def _residual(self, block: Any, name: str, stream: Pending, past: Past) -> Pending:
+        """conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x)."""
+        padded, x = self._norm_silu(stream, block.norm1, f"{name}.conv1", past)
+        hidden = Pending(self._conv3(padded, f"{name}.conv1"), self.biases[f"{name}.conv1"])
+        padded, _ = self._norm_silu(hidden, block.norm2, f"{name}.conv2", past, keep=False)
+        out, bias = self._conv3(padded, f"{name}.conv2"), self.biases[f"{name}.conv2"]
+        if isinstance(block.conv_shortcut, nn.Identity):
+            return Pending(out, bias, x)
+        shortcut = F.linear(self.precision.rounded(x), self.weights[f"{name}.conv_shortcut"].flatten(1))
+        return Pending(out, bias + self.biases[f"{name}.conv_shortcut"], shortcut)
+
+    def _resample(self, block: Any, name: str, stream: Pending, past: Past) -> Pending:
+        """Half the height and width, and half the frames but the clip's first, which stays by itself."""
+        batch, length = stream.x.shape[:2]
+        bordered, _ = self._padded(stream, None, 0, 0, keep=False)
+        images = bordered.flatten(0, 1).permute(0, 3, 1, 2)
+        x = F.conv2d(images, self.weights[f"{name}.resample.1"], stride=2).permute(0, 2, 3, 1)
+        x, bias = x.unflatten(0, (batch, length)), self.biases[f"{name}.resample.1"]
+        if block.mode == "downsample2d":
+            return Pending(x, bias)
+        x = self.precision.rounded(x.float() + bias)
+        first, before = name not in past.frames, past.frames.get(name)
+        past.frames[name] = x[:, -1:].clone()
+        if first and length == 1:
+            return Pending(x)
+        joined = (x if before is None else torch.cat([before, x], 1)).permute(0, 4, 1, 2, 3)
+        out = F.conv3d(
+            joined, self.weights[f"{name}.time_conv"], self.biases[f"{name}.time_conv"].to(x.dtype), (2, 1, 1)
+        )
+        out = out.permute(0, 2, 3, 4, 1)
+        return Pending(torch.cat([x[:, :1], out], 1) if first else out)
+
+    def _attention(self, block: Any, name: str, stream: Pending) -> Pending:
+        """One head over the pixels of each frame."""
+        x = _sum(stream)
+        batch, length, height, width, channels = x.shape
+        rows = F.normalize(x, dim=-1) * block.norm.scale * block.norm.gamma.flatten()
+        rows = self.precision.rounded(rows).view(batch * length, 1, height * width, channels)
+        qkv = F.linear(rows, self.weights[f"{name}.to_qkv"].flatten(1), self.biases[f"{name}.to_qkv"].to(rows.dtype))
+        q, k, v = qkv.chunk(3, -1)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.linear(self.precision.rounded(out), self.weights[f"{name}.proj"].flatten(1))
+        return Pending(out.view(x.shape), self.biases[f"{name}.proj"], x)
+
+    def _norm_silu(
+        self, stream: Pending, norm: Any, name: str, past: Past, keep: bool = True, product: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """silu(norm(sum)), padded as the input of convolution `name`; and the sum, unless nobody needs it."""
+        gamma = norm.gamma.detach().float().flatten() * norm.scale
+        padded, total = self._padded(stream, gamma, 2, 1, keep, product)
+        self._remember(padded, name, past)
+        return padded, total
+
+    def _padded(
+        self, stream: Pending, gamma: Tensor | None, past: int, before: int, keep: bool,
+        product: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The sum, through norm and SiLU if gamma is given, with `past` frames and `before` lines free in front."""
+        batch, length, height, width, channels = stream.x.shape
+        shape = (batch, past + length, before + height + 1, before + width + 1, channels)
+        padded = stream.x.new_empty(shape, dtype=product or self.precision.product)
+        total = stream.x.new_empty(stream.x.shape, dtype=self.precision.stream) if keep else stream.x
+        tf32 = self.precision.tf32 and product is None
+        if stream.x.is_cuda:
+            from wan_core.encode.vae_kernels import write_padded
+
+            write_padded(stream.x, stream.bias, stream.residual, gamma, padded, total if keep else None, tf32)
+        else:
+            x = _sum(stream)
+            inner = x if gamma is None else F.silu(F.normalize(x, dim=-1) * gamma)
+            padded.zero_()
+            padded[:, past:, before:-1, before:-1] = round_tf32(inner) if tf32 else inner
+            if keep:
+                total.copy_(x)
+        return padded, total
+
+    def _pad(self, x: Tensor, name: str, past: Past) -> Tensor:
+        padded = F.pad(x, (0, 0, 1, 1, 1, 1, 2, 0))
+        self._remember(padded, name, past)
+        return padded
+
+    def _remember(self, padded: Tensor, name: str, past: Past) -> None:
+        """Put the past in front of `padded`, and keep its last two frames for the next chunk."""
+        if name in past.frames:
+            padded[:, :2] = past.frames[name]
+        else:
+            padded[:, :2].zero_()
+        past.frames[name] = padded[:, -2:].clone()
+
+    def _conv3(self, padded: Tensor, name: str) -> Tensor:
+        """A 3x3x3 convolution without its bias: [B, 2 + T, H + 2, W + 2, C] to [B, T, H, W, out]."""
+        weight = self.weights[name]
+        if padded.is_cuda and self.conv == "triton" and weight.shape[0] % 96 == 0:
+            from wan_core.encode.vae_kernels import conv3
+
+            return conv3(padded, weight, self.precision.tf32)
+        return F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+
+
+def unsupported(model: AutoencoderKLWan) -> str | None:
+    """Why `FastEncoder` cannot stand in for a model's encoder; None if it can."""
+    if model.config.is_residual:
+        return "has residual down blocks (WAN 2.2)"
+    if model.config.attn_scales:
+        return f"has attention at scales {model.config.attn_scales}"
+    return None
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]; floats are there already."""
+    return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video.float()
+
+
+def round_tf32(x: Tensor) -> Tensor:
+    """The nearest float32 with TF32's 10 bits of mantissa; ties to even."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _sum(stream: Pending) -> Tensor:
+    """float32 [B, T, H, W, C]."""
+    total = stream.x.float()
+    for term in (stream.bias, stream.residual):
+        total = total if term is None else total + term
+    return total
+
+
+@contextmanager
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """TF32 in cuDNN and cuBLAS on or off, and back; torch's own default is on for convolutions."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
