@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,3 +101,23 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _largest(found: Mapping[int, float], expected: Mapping[int, float]) -> float:
     return max(abs(value - expected[step]) / abs(expected[step]) for step, value in found.items())
+
+
+def main() -> None:
+    """Print every layout's errors against its base as a Markdown table: `python -m tests.parallel.compare DIR`."""
+    out = Path(sys.argv[1])
+    print("| layout | loss | gradient norm | gradient (worst module) | smallest cosine | unequal copies |")
+    print("|---|---|---|---|---|---|")
+    for folder in sorted(path.parent for path in out.glob("*/rank0.pt")):
+        base = "single" if "single" in folder.name else "one"
+        if folder.name != base:
+            run = read_run(folder)
+            errors = compare(run, read_run(out / base))
+            print(
+                f"| {folder.name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.gradient:.1e} "
+                f"({errors.gradient_of}) | {errors.cosine:.6f} | {len(run.differing)} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
