@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.layout import REPLACED, stage_folder
+from tasks.layout import newest, stage_folder
 from wan_core.config import Stage, check
 from wan_core.records import RECORD_NAME, Record, find_record, load_record
 
@@ -44,14 +44,12 @@ def given_or_newest[R: Record](kind: type[R], stage: Stage, workspace: Path, nam
         ValueError: there is none, or its files are not what its record says.
     """
     if folder is None:
-        parent = stage_folder(workspace.absolute(), stage)
-        found = [path for path in parent.glob(f"{name}-*/{RECORD_NAME}") if REPLACED not in path.parent.name]
-        check(
-            bool(found),
-            f"{parent} has no finished output named {name}; run `wan {stage}` first, give --name, "
-            "or give an output folder",
+        folder = newest(workspace.absolute(), stage, name)
+    if folder is None:
+        raise ValueError(
+            f"{stage_folder(workspace.absolute(), stage)} has no finished output named {name}; run `wan {stage}` "
+            "first, give --name, or give an output folder"
         )
-        folder = max(found, key=lambda path: path.stat().st_mtime).parent
     check((folder / RECORD_NAME).is_file(), f"{folder} has no {RECORD_NAME}, so it is no finished output of {stage}")
     record = load_record(kind, folder.absolute())
     check(record.stage == stage, f"{folder} is an output of {record.stage}; give one of {stage}")

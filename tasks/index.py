@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tasks.layout import newest
 from tasks.stage import Target, Workspace, stage_task
 from wan_core.config import IndexConfig
 from wan_core.records import IndexRecord, ShardRecord
 
 
 @stage_task("index")
-def index_task(target: Target, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
+def index_task(target: Target, config: IndexConfig, sharded: ShardRecord, earlier: Path | None) -> IndexRecord:
     from wan_core.data import index
 
-    return index.run(config, sharded, target.folder)
+    return index.run(config, sharded, target.folder, earlier)
 
 
 def index(workspace: Workspace, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
@@ -19,4 +22,5 @@ def index(workspace: Workspace, config: IndexConfig, sharded: ShardRecord) -> In
     from wan_core.data import index as stage
 
     target = workspace.target("index", IndexRecord, stage.stage_fingerprint(config, sharded))
-    return workspace.make(index_task, target, config=config, sharded=sharded)
+    earlier = None if target.refresh else newest(workspace.root, "index", workspace.name)
+    return workspace.make(index_task, target, config=config, sharded=sharded, earlier=earlier)

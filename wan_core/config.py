@@ -126,11 +126,13 @@ class ShardConfig:
     val_share: float = 0.02
     test_share: float = 0.0
     seed: int = 0
+    workers: int = place(4)  # shards written at a time
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check(self.max_samples >= 1, f"max_samples={self.max_samples} is below 1; choose 1000")
         check(self.max_bytes >= 1, f"max_bytes={self.max_bytes} is below 1; choose 1073741824 (1 GiB)")
+        check(self.workers >= 1, f"workers={self.workers} is below 1; choose 4")
         check(
             self.val_share >= 0 and self.test_share >= 0 and self.val_share + self.test_share < 1,
             f"val_share={self.val_share} and test_share={self.test_share} leave no training data; "

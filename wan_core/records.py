@@ -7,11 +7,13 @@ that exists means that the output is whole. Reading one back checks that every f
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,7 +28,7 @@ from wan_core.config import Stage, identity
 RECORD_NAME = "record.json"
 # Bumped by hand when a stage's meaning changes, so that old outputs are not taken for new ones.
 CODE_VERSIONS: dict[Stage, int] = {
-    "encode": 1, "shard": 1, "index": 1, "train": 1, "convert": 1, "sample": 1, "evaluate": 1,
+    "encode": 1, "shard": 2, "index": 2, "train": 1, "convert": 1, "sample": 1, "evaluate": 1,
 }  # fmt: skip
 VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "megatron-core", "megatron-bridge", "megatron-energon")
 
@@ -172,6 +174,14 @@ def load_record[R: Record](kind: type[R], folder: Path) -> R:
     return TypeAdapter(kind).validate_python({name: absolute(value) for name, value in vars(record).items()})
 
 
+def link(source: Path, target: Path) -> None:
+    """One file under two names, or a copy where the filesystem has no hard links. Outputs are never written to."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """Every file below a folder except records and hidden files: relative path -> bytes."""
     found = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RECORD_NAME)
@@ -221,10 +231,14 @@ class StageOutput:
 def writing(stage: Stage, output_dir: Path, config: Any, wanted: str) -> Iterator[StageOutput]:
     """Write a stage's output folder whole or not at all.
 
-    On success the temporary sibling replaces `output_dir` by a rename; on an error it is removed.
+    On success the temporary sibling replaces `output_dir` by a rename; on an error it is removed. Of two runs that
+    write the same output at once, the first to end wins, and the other's copy is thrown away.
+
+    Raises:
+        OSError: the folder cannot be written; names it.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(output_dir)
+    temporary = output_dir.with_name(f".{output_dir.name}.{platform.node()}.{os.getpid()}-{threading.get_ident()}")
     temporary.mkdir(parents=True)
     output = StageOutput(stage, temporary, output_dir, config, wanted)
     try:
@@ -234,8 +248,27 @@ def writing(stage: Stage, output_dir: Path, config: Any, wanted: str) -> Iterato
         for name in output.record.files:
             with (temporary / name).open("rb") as file:
                 os.fsync(file.fileno())
-        if output_dir.exists():  # rename cannot replace a folder that is not empty
-            shutil.rmtree(output_dir)
-        temporary.rename(output_dir)
+        _replace(temporary, output_dir, output.record)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, output_dir: Path, record: Record) -> None:
+    if find_record(type(record), output_dir, record.fingerprint):
+        return  # another run was faster
+    if output_dir.exists():  # rename cannot replace a folder that is not empty
+        shutil.rmtree(output_dir)
+    try:
+        temporary.rename(output_dir)
+    except OSError:
+        if not find_record(type(record), output_dir, record.fingerprint):  # nor did another run come in between
+            raise
+
+
+def _sweep(output_dir: Path) -> None:
+    """Remove what killed runs of this output left behind on this machine."""
+    prefix = f".{output_dir.name}.{platform.node()}."
+    for left in output_dir.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)

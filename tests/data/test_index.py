@@ -1,5 +1,8 @@
+import json
 import os
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from megatron.energon import (
     stateless,
 )  # fmt: skip
 
-from tests.data.test_shards import keys, make_encoded
+from tests.data.test_shards import add_parts, keys, make_encoded
 from wan_core.config import IndexConfig, ShardConfig
 from wan_core.data import index, shards
 from wan_core.data.samples import SafeDecoder
@@ -75,14 +78,51 @@ def test_shards_are_linked_and_a_second_run_is_a_hit(sharded: ShardRecord, tmp_p
     assert index.run(IndexConfig(workers=9), sharded, tmp_path / "index") == record
 
 
+def metadata(folder: Path) -> dict[str, Any]:
+    """All that Energon wrote, without the order of its database's rows."""
+    meta = folder / ".nv-meta"
+    with sqlite3.connect(meta / "index.sqlite") as index:
+        found: dict[str, Any] = {t: sorted(index.execute(f"SELECT * FROM {t}")) for t in ("samples", "sample_parts")}
+        found["schema"] = sorted(map(str, index.execute("SELECT sql FROM sqlite_master")))
+    found |= {name: (meta / name).read_text() for name in (".info.json", "split.yaml", "dataset.yaml")}
+    return found | {path.name: path.read_bytes() for path in folder.glob("*.idx")}
+
+
+def test_of_a_grown_dataset_only_the_new_shards_are_read(tmp_path: Path) -> None:
+    config, quick = ShardConfig(val_share=0.1, max_samples=6), IndexConfig(workers=1)
+    encoded = make_encoded(tmp_path / "encode", 40)
+    before = shards.run(config, encoded, tmp_path / "before")
+    index.run(quick, before, tmp_path / "index")
+    after = shards.run(config, add_parts(tmp_path / "encode", [range(40, 42)]), tmp_path / "after", before.path)
+    index.run(quick, after, tmp_path / "whole")
+    kept = [n for n in after.shards if n in before.shards and os.path.samefile(before.path / n, after.path / n)]
+    assert len(kept) > len(after.shards) / 2
+    for name in kept:  # whoever reads them now finds no sample
+        (after.path / name).write_bytes(bytes(after.files[name]))
+    index.run(quick, after, tmp_path / "grown", earlier=tmp_path / "index")
+    assert metadata(tmp_path / "grown") == metadata(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"holds 0 of \d samples"):
+        index.run(quick, after, tmp_path / "again")
+    index.run(quick, before, tmp_path / "shrunk", earlier=tmp_path / "grown")
+    assert metadata(tmp_path / "shrunk") == metadata(tmp_path / "index")
+
+
+def test_nothing_new_to_read(sharded: ShardRecord, tmp_path: Path) -> None:
+    first = index.run(IndexConfig(workers=1), sharded, tmp_path / "index")
+    again = index.run(IndexConfig(workers=1), sharded, tmp_path / "again", earlier=first.path)
+    assert metadata(again.path) == metadata(first.path)
+    assert json.loads((again.path / ".nv-meta" / ".info.json").read_text())["shard_counts"] == sharded.shards
+
+
 @pytest.mark.parametrize(
-    "damage, sentence", [(slice(None, 9000), "9000 bytes instead"), (None, r"holds \d of 5 samples")]
+    "damage, sentence", [(slice(None, 9000), "9000 bytes instead"), (None, r"holds \d of \d samples")]
 )
 def test_damaged_shards_are_refused(sharded: ShardRecord, tmp_path: Path, damage: slice | None, sentence: str) -> None:
-    shard = sharded.path / "train-00000.tar"
+    name = next(iter(sharded.shards))
+    shard = sharded.path / name
     raw = shard.read_bytes()
     middle = len(raw) // 2
     shard.write_bytes(raw[damage] if damage else raw[:middle] + bytes(len(raw) - middle))
-    with pytest.raises(ValueError, match=f"train-00000.tar .*{sentence}.*run shard again"):
+    with pytest.raises(ValueError, match=f"{name} .*{sentence}.*run shard again"):
         index.run(IndexConfig(workers=1), sharded, tmp_path / "index")
     assert not (tmp_path / "index").exists()

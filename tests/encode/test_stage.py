@@ -195,7 +195,7 @@ def test_command_writes_shards(videos: Path, tiny_model: Path, tmp_path: Path) -
     options = ["--model", str(tiny_model), "--max_frames", "9", "--device", "cpu", "--text_dtype", "float32"]
     folders = ["--video_folder", str(videos), "--output-dir", str(out)]
     record = main([*folders, *options, "--height", "32", "--width", "48", "--center-crop"])
-    assert sorted(path.name for path in (out / "shards").glob("*.tar")) == ["train-00000.tar", "val-00000.tar"]
+    assert sorted(path.name for path in (out / "shards").glob("*.tar")) == ["train-all.tar"]
     assert sum(record.num_samples.values()) == 7
     with pytest.raises(ValueError, match="--height=32 and --width=None go together"):
         main([*folders, *options, "--height", "32"])

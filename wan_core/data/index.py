@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
-import shutil
+import sqlite3
+import uuid
 from pathlib import Path
 
 import yaml
+from megatron import energon
+from megatron.energon.epathlib import EPath
 from megatron.energon.flavors import BaseWebdatasetFactory
+from megatron.energon.flavors.webdataset.config import (
+    INDEX_SQLITE_FILENAME,
+    INDEX_UUID_FILENAME,
+    INFO_JSON_FILENAME,
+    SPLIT_YAML_FILENAME,
+)  # fmt: skip
+from megatron.energon.flavors.webdataset.indexing import SqliteIndexWriter
+from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX
 
 from wan_core import records
 from wan_core.config import IndexConfig
@@ -17,6 +28,10 @@ from wan_core.records import IndexRecord, ShardRecord
 
 REMEDY = "it is damaged: delete its folder and run shard again"
 META_FOLDER = ".nv-meta"
+TABLES = {  # of Energon's index.sqlite
+    "samples": "sample_key, sample_index, byte_offset, byte_size",
+    "sample_parts": "sample_index, part_name, content_byte_offset, content_byte_size",
+}
 DATASET = {
     "__module__": "megatron.energon",
     "__class__": "CrudeWebdataset",
@@ -28,8 +43,12 @@ def stage_fingerprint(config: IndexConfig, sharded: ShardRecord) -> str:
     return records.fingerprint("index", config, shard=sharded.fingerprint)
 
 
-def run(config: IndexConfig, sharded: ShardRecord, output_dir: Path) -> IndexRecord:
+def run(config: IndexConfig, sharded: ShardRecord, output_dir: Path, earlier: Path | None = None) -> IndexRecord:
     """Link the shards into a folder and index them there.
+
+    Args:
+        earlier: an output of this stage; what it knows of shards that it shares is taken over, and only the others are
+            read. `output_dir` may be one, too.
 
     Raises:
         ValueError: a shard has another size, or holds another number of samples, than when it was written.
@@ -41,33 +60,77 @@ def run(config: IndexConfig, sharded: ShardRecord, output_dir: Path) -> IndexRec
         found_size = (sharded.path / name).stat().st_size
         if found_size != size:
             raise ValueError(f"{sharded.path / name} has {found_size} bytes instead of {size}; {REMEDY}")
+    earlier = earlier or output_dir
     with records.writing("index", output_dir, config, wanted) as output:
         for name in sharded.files:
-            _link(sharded.path / name, output.path / name)
-        _prepare(config, sharded, output.path)
+            records.link(sharded.path / name, output.path / name)
+        prepare(config, sharded, output.path, earlier)
         return output.finish(IndexRecord, num_samples=sharded.num_samples, encoder=sharded.encoder)
 
 
-def _prepare(config: IndexConfig, sharded: ShardRecord, folder: Path) -> None:
-    names = sorted(sharded.shards)
-    # One pattern per split: of two with the same name Energon keeps the second.
-    patterns = [
-        (split, "|".join(re.escape(name) for name in names if name.startswith(f"{split}-")))
-        for split in sharded.num_samples
-    ]
-    BaseWebdatasetFactory.prepare_dataset(
-        folder, names, split_parts_patterns=patterns, shuffle_seed=None, workers=config.workers
-    )
-    (folder / META_FOLDER / "dataset.yaml").write_text(yaml.safe_dump(DATASET))
-    counted = json.loads((folder / META_FOLDER / ".info.json").read_text())["shard_counts"]
-    wrong = {name: (counted.get(name, 0), n) for name, n in sharded.shards.items() if counted.get(name, 0) != n}
-    if wrong:  # Energon indexes what it can read of a damaged shard and says nothing
-        name, (found, expected) = next(iter(wrong.items()))
-        raise ValueError(f"{sharded.path / name} holds {found} of {expected} samples; {REMEDY}")
+def prepare(config: IndexConfig, sharded: ShardRecord, folder: Path, earlier: Path) -> None:
+    """Write Energon's metadata of the shards in a folder: `energon prepare`, without its questions."""
+    names, meta = sorted(sharded.shards), folder / META_FOLDER
+    known = shared_shards(names, folder, earlier)
+    new = [name for name in names if name not in known]
+    meta.mkdir()
+    counts = {name: known[name] for name in known}
+    if new:
+        BaseWebdatasetFactory.prepare_dataset(
+            folder, new, split_parts_patterns=[("new", ".*")], shuffle_seed=None, workers=config.workers
+        )
+        counts |= json.loads((meta / INFO_JSON_FILENAME).read_text())["shard_counts"]
+    for name, expected in sharded.shards.items():
+        if counts.get(name, 0) != expected:  # Energon indexes what it can read of a damaged shard and says nothing
+            raise ValueError(f"{sharded.path / name} holds {counts.get(name, 0)} of {expected} samples; {REMEDY}")
+    for name in known:
+        records.link(tar_index(earlier / name), tar_index(folder / name))
+    if known:
+        add_known(folder, names, new, earlier)
+    info = {"energon_version": energon.__version__, "shard_counts": {name: counts[name] for name in names}}
+    (meta / INFO_JSON_FILENAME).write_text(json.dumps(info, indent=2))
+    splits = {split: [name for name in names if name.startswith(f"{split}-")] for split in sharded.num_samples}
+    (meta / SPLIT_YAML_FILENAME).write_text(yaml.safe_dump({"split_parts": splits, "exclude": []}))
+    (meta / INDEX_UUID_FILENAME).write_text(str(uuid.uuid4()))
+    (meta / "dataset.yaml").write_text(yaml.safe_dump(DATASET))
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another filesystem, or one without hard links
-        shutil.copyfile(source, target)
+def shared_shards(names: list[str], folder: Path, earlier: Path) -> dict[str, int]:
+    """The shards that an earlier output holds as the very same files, and their numbers of samples."""
+    info = earlier / META_FOLDER / INFO_JSON_FILENAME
+    if not (earlier / records.RECORD_NAME).is_file() or not info.is_file():
+        return {}
+    values = json.loads(info.read_text())
+    if values["energon_version"] != energon.__version__:
+        return {}
+    counts = values["shard_counts"]
+    same = (n for n in names if n in counts and tar_index(earlier / n).is_file() and (earlier / n).is_file())
+    return {name: counts[name] for name in same if os.path.samefile(earlier / name, folder / name)}
+
+
+def tar_index(shard: Path) -> Path:
+    return shard.with_suffix(ITAR_SUFFIX)
+
+
+def add_known(folder: Path, names: list[str], new: list[str], earlier: Path) -> None:
+    """Complete the database of the new shards with an earlier one's rows; a shard's number is its place in `names`."""
+    path, old = (place / META_FOLDER / INDEX_SQLITE_FILENAME for place in (folder, earlier))
+    if not new:
+        SqliteIndexWriter(EPath(path)).close()  # the tables
+    before = list(json.loads((earlier / META_FOLDER / INFO_JSON_FILENAME).read_text())["shard_counts"])
+    place = {name: number for number, name in enumerate(names)}
+    known = [(number, place[name]) for number, name in enumerate(before) if name in place and name not in new]
+    with contextlib.closing(sqlite3.connect(path)) as index:
+        index.execute("ATTACH ? AS earlier", (str(old),))
+        index.execute("CREATE TEMP TABLE moved (old INTEGER PRIMARY KEY, new INTEGER)")
+        index.executemany("INSERT INTO moved VALUES (?, ?)", [(number, place[name]) for number, name in enumerate(new)])
+        for table in ("samples", "sample_parts"):
+            index.execute(f"UPDATE {table} SET tar_file_id = (SELECT new FROM moved WHERE old = tar_file_id)")
+        index.execute("DELETE FROM moved")
+        index.executemany("INSERT INTO moved VALUES (?, ?)", known)
+        for table, columns in TABLES.items():
+            index.execute(
+                f"INSERT INTO {table} (tar_file_id, {columns}) "
+                f"SELECT new, {columns} FROM earlier.{table} JOIN moved ON tar_file_id = old"
+            )
+        index.commit()
