@@ -76,9 +76,12 @@ def prepare(config: IndexConfig, sharded: ShardRecord, folder: Path, earlier: Pa
     meta.mkdir()
     counts = {name: known[name] for name in known}
     if new:
-        BaseWebdatasetFactory.prepare_dataset(
-            folder, new, split_parts_patterns=[("new", ".*")], shuffle_seed=None, workers=config.workers
-        )
+        try:
+            BaseWebdatasetFactory.prepare_dataset(
+                folder, new, split_parts_patterns=[("new", ".*")], shuffle_seed=None, workers=config.workers
+            )
+        except AssertionError as error:  # a shard without any sample
+            raise ValueError(f"{sharded.path}: {error} {REMEDY.capitalize()}") from error
         counts |= json.loads((meta / INFO_JSON_FILENAME).read_text())["shard_counts"]
     for name, expected in sharded.shards.items():
         if counts.get(name, 0) != expected:  # Energon indexes what it can read of a damaged shard and says nothing
