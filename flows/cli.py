@@ -320,6 +320,24 @@ def presets() -> None:
     console.print(table)
 
 
+@app.command(rich_help_panel="Look around")
+def plan(
+    model: Annotated[str, typer.Option(help="1.3B, 14B or a model folder in the Diffusers layout.")] = "1.3B",
+    gpus_per_node: Annotated[int, typer.Option("--gpus", help="GPUs of a node.")] = 8,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    device: Annotated[str, typer.Option(help="h100 or h200: rates and memory of a GPU.")] = "h200",
+    memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory of a GPU, instead of its own.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a pack; 81 frames of 480x832 have 32,760.")] = 32760,
+    samples: Annotated[int, typer.Option(help="Clips in a pack, of equal length.")] = 1,
+    packs: Annotated[int | None, typer.Option(help="Packs of a step. [dim]default: one for each GPU[/]")] = None,
+    rows: Annotated[int, typer.Option(help="Layouts to show.")] = 10,
+) -> None:
+    """Parallel layouts of a cluster that fit, with estimated memory and step time, and the overrides to paste."""
+    from flows.planning import show, work_of
+
+    show(work_of(model, gpus_per_node, nodes, device, memory, tokens, samples, packs), rows)
+
+
 def main() -> None:
     """Entry point of `wan`: an error of the user is one sentence and exit code 2."""
     try:

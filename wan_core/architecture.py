@@ -40,6 +40,20 @@ class Architecture:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
+    def named(cls, name: str) -> Architecture:
+        """`t2v-1.3B`, `14B` and their like, or the architecture of a Diffusers folder.
+
+        Raises:
+            ValueError: neither a known size nor a folder.
+        """
+        if Path(name).is_dir():
+            return cls.from_diffusers(Path(name))
+        known = {key.lower(): value for key, value in ARCHITECTURES.items()}
+        key = name.lower() if name.lower() in known else f"t2v-{name.lower()}"
+        check(key in known, f"model {name!r} is neither a folder nor a size; choose one of {', '.join(ARCHITECTURES)}")
+        return known[key]
+
+    @classmethod
     def from_diffusers(cls, model_dir: Path) -> Architecture:
         """Read `<model_dir>/transformer/config.json`.
 

@@ -34,6 +34,7 @@ from wan_core.architecture import ARCHITECTURES, Architecture
 from wan_core.config import TrainConfig, check
 from wan_core.dataset import WanDatasetProvider
 from wan_core.flow_matching import FlowMatchingConfig
+from wan_core.fsdp import configure as configure_fsdp
 from wan_core.model.provider import WanProvider
 
 RECIPES = Path(__file__).parent / "conf"
@@ -80,7 +81,7 @@ def build(
         run_dir: where checkpoints and TensorBoard logs go; a checkpoint there is resumed.
 
     Raises:
-        ValueError: a key is unknown or a value has the wrong type.
+        ValueError: a key is unknown, a value has the wrong type, or values do not go together.
     """
     recipe = yaml.safe_load(recipe_path(config.recipe).read_text(encoding="utf-8"))
     user = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {} if config_file else {}
@@ -96,13 +97,18 @@ def build(
     if run_dir is not None:
         container.checkpoint.save = container.checkpoint.load = str(run_dir / "checkpoints")
         container.logger.tensorboard_dir = str(run_dir / "tensorboard")
-    for values in (recipe, user):
-        for section, entries in values.items():
-            for key, value in entries.items():
-                apply_override(container, f"{section}.{key}", value)
+    given = [
+        (f"{section}.{key}", value)
+        for values in (recipe, user)
+        for section, entries in values.items()
+        for key, value in entries.items()
+    ]
     for text in config.overrides:
         key, _, value = text.partition("=")
-        apply_override(container, key.strip(), yaml.safe_load(value))
+        given.append((key.strip(), yaml.safe_load(value)))
+    for key, value in given:
+        apply_override(container, key, value)
+    configure_fsdp(container, {key for key, _ in given})
     if container.scheduler.lr_decay_iters is None:
         container.scheduler.lr_decay_iters = container.train.train_iters
     return container
@@ -170,9 +176,11 @@ def apply_override(container: Any, key: str, value: Any) -> None:
 
 def _check_key(owner: Any, name: str, key: str) -> None:
     known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+    if name in known:
+        return
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {key.replace(name, near[0])}?" if near else f"choose one of {', '.join(known[:12])} ..."
-    check(name in known, f"unknown key {key!r}: {type(owner).__name__} has no field {name!r}; {hint}")
+    raise ValueError(f"unknown key {key!r}: {type(owner).__name__} has no field {name!r}; {hint}")
 
 
 def _fitting(owner: Any, name: str, key: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.pretrain import pretrain
 
 from wan_core.config import TEXT_LENGTH, TrainConfig, check
+from wan_core.convert.formats import readable
 from wan_core.parallel import Parallel
 from wan_core.recipes import WanConfigContainer, build
 from wan_core.step import WanStep
@@ -123,6 +124,11 @@ def run(
     rank = int(os.environ.get("RANK", 0))
     # GPT dataset helpers, for which pip's megatron-core has no Makefile: compiling them would end the process.
     bridge_initialize.compile_helpers = lambda: None
-    pretrain(container, WanStep(container.flow_matching), callbacks=[MetricsLog(container, run_dir)])
+    checkpoint = container.checkpoint
+    with (
+        readable(checkpoint.load, checkpoint.ckpt_format) as checkpoint.load,
+        readable(checkpoint.pretrained_checkpoint, checkpoint.ckpt_format) as checkpoint.pretrained_checkpoint,
+    ):
+        pretrain(container, WanStep(container.flow_matching), callbacks=[MetricsLog(container, run_dir)])
     if wanted and rank == 0:
         write_record(run_dir, config, wanted, time.monotonic() - started)

@@ -1,12 +1,12 @@
 """Train a few steps in many layouts, and keep losses, gradients and weights to compare them by.
 
-    torchrun --nproc-per-node 4 -m tests.parallel.layouts --layouts one,tp2,tp2-sp,cp2-full,... --out DIR
+    torchrun --nproc-per-node 4 -m tests.parallel.layouts --layouts one-long,tp2,tp2-sp,cp2-full,... --out DIR
     python -m tests.parallel.layouts --fork 4 --layouts ...    # the same on one host; imports Megatron only once
 
 A layout is named by its parts: tp2, cp2, pp2, dp2 (sizes), sp (sequence parallelism), ring (instead of Ulysses), fsdp
 (Megatron-FSDP, all sharded), packs2 (the step's samples in two packs), full or selective (recomputation), single (one
-sample instead of four), load:NAME (go on from the checkpoint that layout NAME saved half-way) and save (save it). `one`
-is one rank.
+sample instead of four), long (all steps instead of half of them), save (a checkpoint after half of them) and load:NAME
+(the second half, from the checkpoint that layout NAME saved). `one` is one rank.
 Layouts of fewer ranks than were started leave the others idle. float32 on gloo without a GPU, bfloat16 on NCCL with.
 The process groups are made anew for each layout in the same processes.
 This module stays light, because Megatron writes checkpoints in spawned processes that import it anew.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = r"one|save|sp|ring|fsdp|full|selective|single|(tp|cp|pp|dp|packs)\d+"
+PARTS = r"one|save|sp|ring|fsdp|full|selective|single|long|(tp|cp|pp|dp|packs)\d+"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Layout:
     fsdp: bool = False
     recompute: str | None = None
     single: bool = False
+    long: bool = False
     save: bool = False
     load: str | None = None
 
@@ -81,10 +82,7 @@ class Layout:
         if self.recompute == "full":
             result += ["model.recompute_method=uniform", "model.recompute_num_layers=1"]
         if self.fsdp:
-            result += [
-                "dist.use_megatron_fsdp=true", "ddp.data_parallel_sharding_strategy=optim_grads_params",
-                "checkpoint.ckpt_format=fsdp_dtensor", "ddp.average_in_collective=false",
-            ]  # fmt: skip
+            result += ["dist.use_megatron_fsdp=true"]
         return result
 
 

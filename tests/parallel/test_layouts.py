@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,19 +15,27 @@ from tests.parallel.compare import Run, compare, module_errors, read_run
 from tests.parallel.layouts import Layout
 from wan_core.architecture import Architecture
 from wan_core.convert.checkpoint import iteration_dir, read_weights
-from wan_core.convert.mapping import to_diffusers
+from wan_core.convert.mapping import parameter_names, stays_float32, to_diffusers
+from wan_core.fsdp import configure
 from wan_core.model.config import WanTransformerConfig
+from wan_core.model.model import WanModel
+from wan_core.parallel import layout
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = (
-    "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2", "tp2-pp2", "tp2-sp-cp2",
+    "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2",
+    "tp2-pp2-long", "tp2-sp-cp2-long",
     "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
 )  # fmt: skip
 SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
 RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
-SAVED = ("tp2-save", "tp2-sp-cp2-save")
-LOADED = ("cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save")
-BASES = ("one", "single")
+FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
+SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-fsdp-save")
+LOADED = (
+    "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
+    "load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
+)  # fmt: skip
+BASES = ("one-long", "single")
 
 slow = pytest.mark.slow
 
@@ -35,7 +44,7 @@ slow = pytest.mark.slow
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the results of all layouts."""
     out = tmp_path_factory.mktemp("layouts")
-    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *SAVED, *LOADED)
+    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *SAVED, *LOADED)
     command = [sys.executable, "-m", "tests.parallel.layouts", "--fork", "4", "--layouts", ",".join(names)]
     with (out / "log.txt").open("w") as log:
         result = subprocess.run(
@@ -51,10 +60,10 @@ def found(runs: Path, name: str) -> Run:
 
 
 @slow
-@pytest.mark.parametrize("name", (*LAYOUTS, *SELECTIVE, *RECOMPUTED, *SAVED, *LOADED))
+@pytest.mark.parametrize("name", (*LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *SAVED, *LOADED))
 def test_a_layout_equals_one_rank(runs: Path, name: str) -> None:
     run = found(runs, name)
-    errors = compare(run, found(runs, "single" if Layout.of(name).single else "one"))
+    errors = compare(run, found(runs, "single" if Layout.of(name).single else "one-long"))
     assert len(run.losses) >= 10
     assert errors.loss <= 1e-5
     assert errors.grad_norm <= 1e-5
@@ -75,7 +84,7 @@ def test_gradients_do_not_depend_on_who_works_on_which_pack(runs: Path) -> None:
 @pytest.mark.parametrize("name", LOADED)
 def test_training_goes_on_in_another_layout(runs: Path, name: str) -> None:
     """As if it had never stopped: Adam's moments and step counts are the same."""
-    run, expected = found(runs, name), found(runs, "one")
+    run, expected = found(runs, name), found(runs, "one-long")
     assert min(run.losses) == 11 and max(run.losses) == max(expected.losses) == 20
     assert run.losses == pytest.approx({step: expected.losses[step] for step in run.losses}, rel=1e-5)
     errors = module_errors(run.weights, expected.weights)
@@ -85,7 +94,7 @@ def test_training_goes_on_in_another_layout(runs: Path, name: str) -> None:
 @slow
 @pytest.mark.parametrize("name", SAVED)
 def test_export_gives_the_trained_bytes(runs: Path, name: str) -> None:
-    """What a checkpoint of any layout holds is what its ranks trained, to the bit."""
+    """What a checkpoint of any layout and format holds is what its ranks trained, to the bit."""
     trained = found(runs, name).weights
     read = read_weights(iteration_dir(runs / name / "checkpoints"))
     architecture = Architecture.from_diffusers(runs / "model")
@@ -110,6 +119,55 @@ def test_export_gives_the_trained_bytes(runs: Path, name: str) -> None:
 def test_a_layout_that_cannot_work_is_refused(values: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError) as refusal:
         WanTransformerConfig.of(Architecture(64, 160, 4, 4), **values)
+    assert sentence in str(refusal.value)
+
+
+def test_what_an_export_keeps_in_float32_is_what_the_model_does() -> None:
+    architecture = Architecture(64, 160, 4, 1)
+    with layout():
+        values = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16": True}
+        config = WanTransformerConfig.of(architecture, transformer_impl="local", use_cpu_initialization=True, **values)
+        dtypes = {name: parameter.dtype for name, parameter in WanModel(config).named_parameters()}
+    assert dtypes.keys() == parameter_names(architecture)
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == set(filter(stays_float32, dtypes))
+
+
+def fsdp_container(**changes: object) -> SimpleNamespace:
+    """The fields that Megatron-FSDP depends on, at their defaults."""
+    values = {
+        "dist.use_megatron_fsdp": True, "ddp.use_megatron_fsdp": False, "ddp.use_distributed_optimizer": True,
+        "optimizer.use_distributed_optimizer": True, "ddp.data_parallel_sharding_strategy": "no_shard",
+        "ddp.megatron_fsdp_main_grads_dtype": None, "checkpoint.ckpt_format": "torch_dist",
+        "model.pipeline_model_parallel_size": 1, **changes,
+    }  # fmt: skip
+    container = SimpleNamespace(**{section: SimpleNamespace() for section in {key.split(".")[0] for key in values}})
+    for key, value in values.items():
+        setattr(getattr(container, key.split(".")[0]), key.split(".")[1], value)
+    return container
+
+
+def test_one_override_asks_for_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    container = fsdp_container()
+    configure(container, {"dist.use_megatron_fsdp"})
+    assert container.ddp.data_parallel_sharding_strategy == "optim_grads_params"
+    assert container.checkpoint.ckpt_format == "fsdp_dtensor"
+    plain = fsdp_container(**{"dist.use_megatron_fsdp": False})
+    configure(plain, set())
+    assert plain == fsdp_container(**{"dist.use_megatron_fsdp": False})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"checkpoint.ckpt_format": "torch_dist"}, "checkpoint.ckpt_format=torch_dist does not go with Megatron-FSDP, "
+         "which needs fsdp_dtensor; leave it out, or set dist.use_megatron_fsdp=false"),
+        ({"model.pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2 with Megatron-FSDP would leave"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_fsdp_is_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        configure(fsdp_container(**values), values)
     assert sentence in str(refusal.value)
 
 

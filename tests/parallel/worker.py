@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +33,9 @@ import megatron.bridge.training.initialize as bridge_initialize  # noqa: E402
 from megatron.bridge.training.callbacks import Callback, CallbackContext  # noqa: E402
 from megatron.bridge.training.pretrain import pretrain  # noqa: E402
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config, read_train_state  # noqa: E402
-from megatron.core.utils import get_model_config, unwrap_model  # noqa: E402
+from megatron.core.utils import get_model_config  # noqa: E402
 
+from wan_core.convert.formats import readable  # noqa: E402
 from wan_core.data.batch import Pack  # noqa: E402
 from wan_core.data.synthetic import SyntheticConfig  # noqa: E402
 from wan_core.dataset import WanDatasetProvider  # noqa: E402
@@ -40,7 +43,7 @@ from wan_core.parallel import Parallel  # noqa: E402
 from wan_core.recipes import WanConfigContainer, build  # noqa: E402
 from wan_core.step import WanStep  # noqa: E402
 
-SMALL = Architecture(64, 160, 4, 4, text_dim=32, freq_dim=64)
+SMALL = Architecture(64, 160, 4, 3, text_dim=32, freq_dim=64)  # 3 layers do not divide over 2 stages
 FOUR_SAMPLES = ("3x6x10", "1x6x6", "5x2x14", "1x8x12")  # 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad
 ONE_SAMPLE = ("3x8x12",)  # 72 tokens
 
@@ -131,16 +134,17 @@ class Recorder(Callback):
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The model inside of Megatron's wrappers."""
-    unwrapped = unwrap_model(model)
-    assert isinstance(unwrapped, nn.Module)
-    return unwrapped
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy in float32 on the CPU, put together from the ranks' parts where Megatron-FSDP shards it."""
+    """A copy in float32 on the CPU, put together from the data-parallel ranks' rows where Megatron-FSDP shards it."""
     if isinstance(tensor, DTensor):
-        parts: list[Any] = [None] * tensor.device_mesh.size()
-        dist.all_gather_object(parts, tensor.to_local().cpu(), group=tensor.device_mesh.get_group())  # of uneven sizes
+        group = tensor.device_mesh.get_group(0)
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, tensor.to_local().cpu(), group=group)  # of uneven sizes
         tensor = torch.cat(parts)
     return tensor.float().cpu().clone()
 
@@ -151,8 +155,8 @@ def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
     The distributed optimizer leaves each rank only its own shard of a bucket reduced; gathering puts them together.
     """
     if model.ddp_config.use_megatron_fsdp:
-        for name, gradient in model.param_and_grad_buffer.dist_main_grad.items():
-            yield name, whole(gradient)
+        for name, gradient in sorted(model.param_and_grad_buffer.dist_main_grad.items()):
+            yield re.sub(r"^(module\.)+", "", name), whole(gradient)
         return
     assert model.ddp_config.use_distributed_optimizer
     for buffer in model.buffers:
@@ -171,9 +175,9 @@ def write_model(folder: Path) -> None:
 
 
 def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanConfigContainer:
-    """The config of `steps` steps; layouts that recompute or save take the first half of them."""
+    """The config of the first half of `steps` steps; of all of them, or the second half, where the layout says so."""
     half = steps // 2
-    overrides = (*layout.overrides(), f"train.train_iters={half if layout.recompute or layout.save else steps}", *extra)
+    overrides = (*layout.overrides(), f"train.train_iters={steps if layout.long or layout.load else half}", *extra)
     config = build(
         TrainConfig("wan_demo", "finetune", overrides), model_dir=out / "model", dataset_dir=None, run_dir=None,
         mock=True,
@@ -196,7 +200,9 @@ def process_group(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=30)
+    )  # idle ranks wait for their turn
     try:
         yield
         dist.barrier()
@@ -213,7 +219,8 @@ def run(layout: Layout, out: Path, steps: int, extra: list[str]) -> float:
         cached.cache_clear()
     bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
     config, recorder = container(layout, out, steps, extra), Recorder()
-    pretrain(config, WanStep(config.flow_matching), callbacks=[recorder])
+    with readable(config.checkpoint.load, config.checkpoint.ckpt_format) as config.checkpoint.load:
+        pretrain(config, WanStep(config.flow_matching), callbacks=[recorder])
     recorder.save(folder / f"rank{dist.get_rank()}.pt")
     return time.perf_counter() - since
 
@@ -239,6 +246,7 @@ def started(layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> N
 
 def fork(ranks: int, store: Path, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
     """Work in forks of this process; the first failure ends them all."""
+    gc.freeze()  # else each fork's first collection walks through, and copies, all that was imported
     start_processes(_forked, (ranks, store, layouts, out, steps, extra), nprocs=ranks, start_method="fork")
 
 

@@ -62,6 +62,11 @@ def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     return pairs
 
 
+def stays_float32(name: str) -> bool:
+    """Whether one of our parameters is float32 also where the model is trained in bfloat16."""
+    return name.startswith("time_embedding.") or "modulation" in name or "cross_norm." in name
+
+
 def parameter_names(architecture: Architecture) -> set[str]:
     """Our names of all parameters."""
     return set(_pairs(architecture))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from wan_core.architecture import Architecture
-from wan_core.config import check
+from wan_core.layout import check_layout
 
 
 @dataclass
@@ -66,47 +66,3 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "in_channels": architecture.in_channels, "out_channels": architecture.out_channels,
         "text_dim": architecture.text_dim, "freq_dim": architecture.freq_dim, "layernorm_epsilon": architecture.eps,
     }  # fmt: skip
-
-
-def check_layout(config: TransformerConfig) -> None:
-    """Refuse a layout that cannot work, before processes or groups exist.
-
-    Raises:
-        ValueError: heads or the feed-forward width do not divide over the ranks, or stages outnumber layers.
-    """
-    heads, layers = config.num_attention_heads, config.num_layers
-    tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
-    divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-    check(
-        heads % tp == 0,
-        f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp}; choose one of {divisors}",
-    )
-    check(
-        config.cp_comm_type in (None, "a2a", "p2p"),
-        f"cp_comm_type={config.cp_comm_type!r} is neither a2a, which exchanges heads (Ulysses, also when left out), "
-        "nor p2p, a ring that passes on keys and values; choose one of them",
-    )
-    check(
-        config.recompute_granularity in (None, "selective", "full"),
-        f"recompute_granularity={config.recompute_granularity!r} is neither selective nor full; choose one, or leave "
-        "it out",
-    )
-    check(
-        not config.recompute_modules,
-        f"recompute_modules={config.recompute_modules} names parts of megatron's own blocks; leave it out: selective "
-        "recomputes norms, rotations, GELU and gated adds",
-    )
-    check(
-        config.cp_comm_type == "p2p" or heads % (tp * cp) == 0,
-        f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x "
-        f"context_parallel_size={cp}, which exchanges heads; choose a product among {divisors}, or cp_comm_type=p2p",
-    )
-    check(
-        config.ffn_hidden_size is None or config.ffn_hidden_size % tp == 0,
-        f"ffn_hidden_size={config.ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}",
-    )
-    check(pp <= layers, f"pipeline_model_parallel_size={pp} exceeds num_layers={layers}; choose {layers} or less")
-    check(
-        not config.sequence_parallel or tp > 1,
-        f"sequence_parallel=true needs tensor_model_parallel_size > 1, which is {tp}; set sequence_parallel=false",
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.bridge.models.model_provider import ModelProviderMixin
 
+from wan_core import fsdp
 from wan_core.architecture import Architecture
 from wan_core.config import TEXT_LENGTH, check
 from wan_core.convert.weights import load_into
@@ -45,6 +46,11 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
     @classmethod
     def of_architecture(cls, architecture: Architecture, **values: Any) -> WanProvider:
         return cls(**architecture_fields(architecture), **values)
+
+    def provide_distributed_model(self, *args: Any, **kwargs: Any) -> list[WanModel]:
+        """Build this rank's model and wrap it for data parallelism, as Bridge asks."""
+        fsdp.prepare()
+        return super().provide_distributed_model(*args, **kwargs)
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None

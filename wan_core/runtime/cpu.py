@@ -120,7 +120,7 @@ def _answer_cuda_calls() -> None:
 
     stream = _Stream()
     answers: dict[str, Any] = {
-        "current_device": lambda: CPU, "device_count": lambda: 1, "set_device": nothing, "synchronize": nothing,
+        "current_device": zero, "device_count": lambda: 1, "set_device": nothing, "synchronize": nothing,
         "empty_cache": nothing, "reset_peak_memory_stats": nothing, "set_stream": nothing,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
@@ -153,12 +153,15 @@ def _send_to_cpu() -> None:
     def wrapped(function: Any) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if "device" in kwargs:
-                kwargs["device"] = on_cpu(kwargs["device"])
+            if "device" in kwargs:  # a number is torch.cuda.current_device()'s
+                kwargs["device"] = CPU if isinstance(kwargs["device"], int) else on_cpu(kwargs["device"])
+            elif function is move and type(args[-1]) is int:
+                args = (*args[:-1], CPU)
             return function(*map(on_cpu, args), **kwargs)
 
         return call
 
+    move: Any = torch.Tensor.to
     constructors = _device_constructors()
     for name, value in list(vars(torch).items()):
         if callable(value) and value in constructors:
@@ -183,6 +186,22 @@ def _adapt_megatron() -> None:
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _load_adam_state()
+    _complete_collectives()
+
+
+def _complete_collectives() -> None:
+    """Let coalesced collectives end before anything else happens.
+
+    Megatron-FSDP frees gathered weights once the CUDA stream has passed them. Gloo works on threads of its own, which
+    no stream orders: it would write to memory that is gone.
+    """
+    from torch.distributed.distributed_c10d import _CoalescingManager
+
+    def wait(self: _CoalescingManager, work: Any = None) -> None:
+        if work is not None:
+            work.wait()
+
+    setattr(_CoalescingManager, "append", wait)  # noqa: B010  (mypy: a method)
 
 
 def _load_adam_state() -> None:

@@ -1,0 +1,366 @@
+"""Memory and step time of every parallel layout of a cluster, from closed forms. Nothing here needs torch.
+
+The forms are those of docs/parallelism.md, which also states how far they are from measurements. h is the hidden size,
+f the feed-forward width; a unit is one activation of h features for each of a rank's tokens, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+from wan_core.architecture import Architecture
+from wan_core.config import PATCH_SIZE, TEXT_LENGTH, check
+from wan_core.layout import check_fsdp, check_layout
+
+GIB = 2**30
+LOW, HIGH, ADAM = 2, 4, 8  # bytes of a bfloat16 and a float32 number; of Adam's two moments
+FSDP_PREFETCH, FSDP_REDUCE = 500_000_000, 1_000_000_000  # numbers that Megatron-FSDP gathers ahead, reduces behind
+COMMUNICATOR = 0.25 * GIB  # NCCL's buffers for a group
+CONTEXT = 1.5 * GIB  # CUDA's context, libraries' workspaces
+FRAGMENTATION = 0.02  # of what is allocated
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one GPU and its links reach in practice: measured rates, not those of the data sheet."""
+
+    memory_gib: float
+    matmul: float  # FLOP/s of a large product
+    matmul_half: float  # a product of M x N x K takes 1 + half (1/M + 1/N + 1/K) times as long as at that rate
+    attention_forward: float  # FLOP/s of self-attention, by FlashAttention 4
+    attention_backward: float  # 2.5 times the forward's FLOPs
+    memory: float  # bytes/s of a copy, read and written
+    node_link: float  # bytes/s of a collective inside a node, as NCCL's bus bandwidth
+    network: float  # the same between nodes
+    latency: float = 20e-6  # s of a collective
+
+
+DEVICES = {
+    "h200": Device(139.8, 800e12, 206, 684e12, 640e12, 4.0e12, 260e9, 45e9),
+    "h100": Device(79.1, 760e12, 206, 650e12, 608e12, 2.7e12, 260e9, 45e9),  # not measured: an H200's chip, 95 % of it
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training step is spread over ranks."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    ring: bool = False  # context parallelism passes on keys and values instead of exchanging heads
+    fsdp: bool = False
+    recompute: str | None = None  # selective or full
+    recompute_layers: int = 0  # of a stage, with full
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share optimizer state, and with FSDP everything."""
+        return self.dp * self.cp
+
+    def settings(self) -> dict[str, Any]:
+        """The model's config fields."""
+        values: dict[str, Any] = {
+            "tensor_model_parallel_size": self.tp, "sequence_parallel": self.sequence_parallel,
+            "context_parallel_size": self.cp, "pipeline_model_parallel_size": self.pp,
+            "cp_comm_type": ("p2p" if self.ring else "a2a") if self.cp > 1 else None,
+            "recompute_granularity": self.recompute,
+        }  # fmt: skip
+        if self.recompute == "full":
+            values |= {"recompute_method": "block", "recompute_num_layers": self.recompute_layers}
+        return values
+
+    def overrides(self, packs: int) -> list[str]:
+        """`key=value` for the trainer, also where a value is the default: a recipe may have set another.
+
+        Args:
+            packs: those of a step.
+        """
+        values: dict[str, Any] = {f"model.{key}": value for key, value in self.settings().items()}
+        if self.cp == 1:
+            del values["model.cp_comm_type"]
+        values |= {"dist.use_megatron_fsdp": self.fsdp, "train.global_batch_size": packs}
+        return [f"{key}={json.dumps(value).strip('"')}" for key, value in values.items()]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on which machines."""
+
+    architecture: Architecture
+    device: Device
+    gpus_per_node: int
+    nodes: int
+    tokens: int  # of a pack
+    samples: int = 1  # in it, of equal length
+    packs: int = 1  # of a step, all ranks together
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_node", "nodes", "tokens", "samples", "packs"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is below 1")
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus_per_node * self.nodes
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of one rank, by how they are held."""
+
+    low: int  # bfloat16
+    high: int  # float32 also under bfloat16: modulation, time embedding, the norm before cross-attention
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: int) -> Count:
+        return Count(self.low * factor, self.high * factor)
+
+    @property
+    def total(self) -> int:
+        return self.low + self.high
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout's memory and step."""
+
+    layout: Layout
+    state_bytes: float  # weights, gradients, master weights, Adam's moments; FSDP's gathered weights
+    activation_bytes: float
+    total_bytes: float  # with contexts, communicators and fragmentation
+    seconds: float  # of a step
+    tflops: float  # per GPU: model FLOPs, so that recomputation does not count
+
+    @property
+    def allocated_bytes(self) -> float:
+        """What torch counts as allocated."""
+        return self.state_bytes + self.activation_bytes
+
+
+def layer_parameters(a: Architecture, tp: int = 1) -> Count:
+    """Parameters of a block on one of `tp` ranks."""
+    h, f = a.hidden_size, a.ffn_hidden_size
+    split = 3 * h * h + 3 * h + h * h + h * h + h + 2 * h * h + 2 * h + h * h + h * f + f + f * h + 4 * h
+    return Count(split // tp + 3 * h, 6 * h + 2 * h)  # row-parallel biases; modulation and the affine norm
+
+
+def outer_parameters(a: Architecture, first: bool = True, last: bool = True) -> Count:
+    """Parameters outside of the blocks; the first stage embeds patches, the last has the head."""
+    h, patch = a.hidden_size, math.prod(PATCH_SIZE)
+    time = a.freq_dim * h + h + h * h + h + 6 * h * h + 6 * h
+    text = a.text_dim * h + h + h * h + h
+    features, out = a.in_channels * patch, a.out_channels * patch
+    return Count(
+        text + first * (features * h + h) + last * (h * out + out),
+        time + last * 2 * h,
+    )
+
+
+def rank_parameters(a: Architecture, layout: Layout) -> Count:
+    """Parameters of a rank of the first stage, which has the most blocks."""
+    layers = -(-a.num_layers // layout.pp)
+    return layer_parameters(a, layout.tp) * layers + outer_parameters(a, last=layout.pp == 1)
+
+
+def state_bytes(a: Architecture, layout: Layout) -> float:
+    """Weights, float32 gradients, master weights of the bfloat16 ones and Adam's moments on the fullest rank.
+
+    The distributed optimizer shards master weights and moments; Megatron-FSDP shards everything (and keeps master
+    weights of all parameters), but holds the blocks in use whole.
+    """
+    count, shards = rank_parameters(a, layout), layout.shards
+    if not layout.fsdp:
+        held = count.low * (LOW + HIGH) + count.high * (HIGH + HIGH)
+        return held + (count.low * (HIGH + ADAM) + count.high * ADAM) / shards
+    sharded = count.low * (LOW + HIGH + HIGH + ADAM) + count.high * (HIGH + HIGH + HIGH + ADAM)
+    if shards == 1:
+        return sharded
+    layer, outer = layer_parameters(a, layout.tp).total, outer_parameters(a)
+    gathered = min(2 * layer + FSDP_PREFETCH, count.low) * LOW + outer.low * LOW + outer.high * HIGH
+    return sharded / shards + gathered + min(layer + FSDP_REDUCE, count.total) * HIGH
+
+
+# What a block keeps for its backward: units that are split over TP, units that are whole unless SP is on, activations
+# of f features (split over TP).
+KEPT: dict[str | None, tuple[int, int, int]] = {
+    None: (9, 8, 2),
+    "selective": (6, 3, 1),
+    "full": (0, 1, 0),
+}
+
+
+def activation_bytes(work: Work, layout: Layout) -> float:
+    """Activations at the start of the backward on the fullest rank, and what the backward of a block adds."""
+    a, tokens = work.architecture, -(-work.tokens // layout.cp)
+    unit, wide = tokens * a.hidden_size * LOW, tokens * a.ffn_hidden_size * LOW
+    outside = layout.tp if layout.sequence_parallel else 1
+
+    def kept(kind: str | None) -> float:
+        split, whole, feed = KEPT[kind]
+        return (split * unit + feed * wide) / layout.tp + whole * unit / outside
+
+    layers = -(-a.num_layers // layout.pp)
+    full = min(layout.recompute_layers, layers) if layout.recompute == "full" else 0
+    other = "selective" if layout.recompute == "selective" else None
+    stage = full * kept("full") + (layers - full) * kept(other)
+    in_flight = min(layout.pp, work.packs // layout.dp)
+    again = kept(None) if full else kept(None) - kept(other)  # one block made again
+    working = wide / layout.tp + 3 * unit / outside
+    patches = tokens * 2 * math.prod(PATCH_SIZE) * (a.in_channels + a.out_channels) * HIGH
+    return in_flight * stage + again + working + patches
+
+
+def total_bytes(allocated: float, layout: Layout) -> float:
+    groups = sum(size > 1 for size in (layout.tp, layout.cp, layout.pp, layout.shards))
+    return allocated * (1 + FRAGMENTATION) + CONTEXT + groups * COMMUNICATOR
+
+
+# What the elementwise kernels of a block move, in the same order: their times in docs/benchmarks/h200.md at 4 TB/s.
+MOVED_FORWARD, MOVED_BACKWARD = (14, 18, 2), (28, 32, 3)
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """Seconds of one block on one pack."""
+
+    forward: float
+    backward: float  # without recomputation
+    again: float  # what recomputation adds to the backward
+
+
+def block_time(work: Work, layout: Layout) -> BlockTime:
+    """Compute and exposed communication of a block: tensor and context parallelism wait for theirs."""
+    a, d = work.architecture, work.device
+    tp, cp, h, f = layout.tp, layout.cp, a.hidden_size, a.ffn_hidden_size
+    tokens = -(-work.tokens // cp)
+    products = ((h, 3 * h // tp), (h // tp, h), (h, h // tp), (h // tp, h), (h, f // tp), (f // tp, h))
+    matmul = sum(
+        2 * tokens * k * n / d.matmul * (1 + d.matmul_half * (1 / tokens + 1 / k + 1 / n)) for k, n in products
+    )
+    scores = 4 * h * (work.tokens**2 / work.samples + work.tokens * TEXT_LENGTH) / (tp * cp)
+    attention, attention_backward = scores / d.attention_forward, 2.5 * scores / d.attention_backward
+    outside = tp if layout.sequence_parallel else 1
+
+    def moved(units: tuple[int, int, int]) -> float:
+        return tokens * LOW * ((units[0] * h + units[2] * f) / tp + units[1] * h / outside) / d.memory
+
+    link = d.node_link if tp * cp <= work.gpus_per_node else d.network
+    unit = tokens * h * LOW
+    gather = (tp - 1) / tp * unit / d.node_link + d.latency if tp > 1 else 0.0  # or reduce-scatter; an all-reduce: two
+    norms = 2 * d.latency if tp > 1 else 0.0  # of q and k
+    exchange = 4 * (cp - 1) / cp * unit / tp / link + 2 * d.latency if cp > 1 and not layout.ring else 0.0
+    passed = (cp - 1) * (2 * unit / tp / link + d.latency) if layout.ring else 0.0
+    forward = matmul + moved(MOVED_FORWARD) + 6 * gather + norms + exchange + max(attention, passed)
+    backward = (
+        2 * matmul + moved(MOVED_BACKWARD) + (9 if layout.sequence_parallel else 6) * gather + norms + exchange
+        + max(attention_backward, 2 * passed)
+    )  # fmt: skip
+    again = {None: 0.0, "selective": moved(MOVED_FORWARD), "full": forward}[layout.recompute]
+    return BlockTime(forward, backward, again)
+
+
+def step_seconds(work: Work, layout: Layout) -> float:
+    """One step: micro-batches through the pipeline, gradients and weights over the data-parallel ranks, Adam."""
+    a, d = work.architecture, work.device
+    block, count, shards = block_time(work, layout), rank_parameters(a, layout), layout.shards
+    layers, micro_batches = -(-a.num_layers // layout.pp), work.packs // layout.dp
+    recomputed = min(layout.recompute_layers, layers) if layout.recompute == "full" else layers
+    link = d.node_link if layout.tp * shards <= work.gpus_per_node else d.network
+    share = (shards - 1) / shards
+    forward, backward = layers * block.forward, layers * block.backward + recomputed * block.again
+    if layout.fsdp:  # per block, beside the block before it
+        weights = layer_parameters(a, layout.tp).total * share / link
+        forward += layers * max(0.0, LOW * weights - block.forward) + LOW * weights
+        backward += layers * max(0.0, (LOW + HIGH) * weights - backward / layers) + HIGH * weights
+        synchronised = 0.0
+    else:  # per step, beside the last backward and the first forward
+        synchronised = max(0.0, HIGH * count.total * share / link - backward)
+        synchronised += max(0.0, LOW * count.total * share / link - forward)
+    sent = work.tokens / layout.cp * a.hidden_size * LOW / (layout.tp if layout.sequence_parallel else 1)
+    across = 2 * (sent / (d.network if work.nodes > 1 else d.node_link) + d.latency) if layout.pp > 1 else 0.0
+    pipeline = (micro_batches + layout.pp - 1) * (forward + backward + across)
+    # zeroed, scaled and normed gradients; master weights and moments read and written
+    adam = (count.total / (shards if layout.fsdp else 1) * 12 + count.total / shards * 34) / d.memory
+    return pipeline + synchronised + adam
+
+
+def estimate(work: Work, layout: Layout) -> Estimate:
+    state, activations = state_bytes(work.architecture, layout), activation_bytes(work, layout)
+    seconds = step_seconds(work, layout)
+    flops = work.packs * work.samples * work.architecture.training_flops(work.tokens // work.samples)
+    return Estimate(
+        layout, state, activations, total_bytes(state + activations, layout), seconds,
+        flops / seconds / work.ranks / 1e12,
+    )  # fmt: skip
+
+
+def layouts(work: Work) -> Iterator[Layout]:
+    """Every layout of the machines that the model's own rules allow; tensor parallelism stays inside a node."""
+    ranks, a = work.ranks, work.architecture
+    for tp in _divisors(work.gpus_per_node):
+        for cp in _divisors(ranks // tp):
+            for pp in _divisors(ranks // tp // cp):
+                dp, layers = ranks // tp // cp // pp, -(-a.num_layers // pp)
+                for sp, ring, fsdp, recompute in product((False, True), (False, True), (False, True), KEPT):
+                    layout = Layout(tp, cp, pp, dp, sp, ring, fsdp, recompute, layers if recompute == "full" else 0)
+                    if work.packs % dp == 0 and works(a, layout):
+                        yield layout
+
+
+def works(a: Architecture, layout: Layout) -> bool:
+    """Whether training would accept the layout."""
+    if (layout.ring and layout.cp == 1) or (layout.fsdp and layout.shards == 1):
+        return False  # the same as without
+    config = SimpleNamespace(
+        num_attention_heads=a.num_attention_heads, num_layers=a.num_layers, ffn_hidden_size=a.ffn_hidden_size,
+        recompute_modules=[], **layout.settings(),
+    )  # fmt: skip
+    try:
+        check_layout(config)
+        if layout.fsdp:
+            check_fsdp(config)
+    except ValueError:
+        return False
+    return True
+
+
+def rank(work: Work) -> list[Estimate]:
+    """Layouts that fit, fastest first; they recompute only where they would not fit otherwise.
+
+    Full recomputation takes as few blocks as memory needs.
+    """
+    limit, fitting = work.device.memory_gib * GIB, {}
+    for layout in layouts(work):
+        same = replace(layout, recompute=None, recompute_layers=0)
+        if same in fitting:
+            continue  # `layouts` yields it before those that recompute
+        counts = range(1, layout.recompute_layers + 1) if layout.recompute == "full" else (0,)
+        found = (estimate(work, replace(layout, recompute_layers=count)) for count in counts)
+        first = next((each for each in found if each.total_bytes <= limit), None)
+        if first is not None:
+            fitting[layout] = first
+    return sorted(fitting.values(), key=lambda each: (each.seconds, each.total_bytes))
+
+
+def smallest(work: Work) -> Estimate:
+    """The layout that needs the least memory, whether it fits or not."""
+    found = (estimate(work, layout) for layout in layouts(work))
+    return min(found, key=lambda each: each.total_bytes)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
