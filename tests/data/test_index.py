@@ -101,7 +101,7 @@ def test_of_a_grown_dataset_only_the_new_shards_are_read(tmp_path: Path) -> None
         (after.path / name).write_bytes(bytes(after.files[name]))
     index.run(quick, after, tmp_path / "grown", earlier=tmp_path / "index")
     assert metadata(tmp_path / "grown") == metadata(tmp_path / "whole")
-    with pytest.raises(ValueError, match="has no samples.*run shard again"):
+    with pytest.raises(ValueError, match=r"has no samples.*run shard again"):
         index.run(quick, after, tmp_path / "again")
     index.run(quick, before, tmp_path / "shrunk", earlier=tmp_path / "grown")
     assert metadata(tmp_path / "shrunk") == metadata(tmp_path / "index")

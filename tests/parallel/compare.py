@@ -33,6 +33,7 @@ class Errors:
     gradient: float  # of the first step, over the modules
     gradient_of: str
     cosine: float  # the smallest of any module's gradient
+    whole_cosine: float  # of all gradients as one vector
 
 
 def read_run(folder: Path) -> Run:
@@ -69,10 +70,16 @@ def compare(found: Run, expected: Run) -> Errors:
     """Largest errors of a run's steps. A run that went on from a checkpoint has no gradients of the first step."""
     loss, grad_norm = _largest(found.losses, expected.losses), _largest(found.grad_norms, expected.grad_norms)
     if min(found.losses) > min(expected.losses):
-        return Errors(loss, grad_norm, 0.0, "", 1.0)
+        return Errors(loss, grad_norm, 0.0, "", 1.0, 1.0)
     errors = module_errors(found.gradients, expected.gradients)
     worst = max(errors, key=lambda name: errors[name][0])
-    return Errors(loss, grad_norm, errors[worst][0], worst, min(cosine for _, cosine in errors.values()))
+    mine, other = (
+        torch.cat([run.gradients[n].flatten().double() for n in sorted(run.gradients)]) for run in (found, expected)
+    )
+    return Errors(
+        loss, grad_norm, errors[worst][0], worst, min(cosine for _, cosine in errors.values()),
+        float(torch.cosine_similarity(mine, other, dim=0)),
+    )  # fmt: skip
 
 
 def module_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -106,16 +113,17 @@ def _largest(found: Mapping[int, float], expected: Mapping[int, float]) -> float
 def main() -> None:
     """Print every layout's errors against its base as a Markdown table: `python -m tests.parallel.compare DIR`."""
     out = Path(sys.argv[1])
-    print("| layout | loss | gradient norm | gradient (worst module) | smallest cosine | unequal copies |")
+    print("| layout | loss | gradient norm | gradient's cosine | worst module's error, cosine | unequal copies |")
     print("|---|---|---|---|---|---|")
     for folder in sorted(path.parent for path in out.glob("*/rank0.pt")):
-        base = "single" if "single" in folder.name else "one"
+        whole = "one-long" if (out / "one-long").is_dir() else "one"
+        base = "single" if "single" in folder.name else whole
         if folder.name != base:
             run = read_run(folder)
             errors = compare(run, read_run(out / base))
             print(
-                f"| {folder.name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.gradient:.1e} "
-                f"({errors.gradient_of}) | {errors.cosine:.6f} | {len(run.differing)} |"
+                f"| {folder.name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.whole_cosine:.6f} | "
+                f"{errors.gradient:.1e}, {errors.cosine:.6f} ({errors.gradient_of}) | {len(run.differing)} |"
             )
 
 

@@ -101,7 +101,6 @@ def main() -> None:
             raise ValueError(f"layout {layout.name!r} needs {layout.ranks} ranks, but {ranks} were started")
     from tests.parallel import worker
 
-    worker.write_model(args.out / "model")
     if not args.fork:
         worker.started(layouts, args.out, args.steps, args.overrides)
         return

@@ -170,7 +170,7 @@ def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def write_model(folder: Path) -> None:
     """A Diffusers folder with random weights in every place: WAN's own start has a zero head, which hides all else."""
-    if int(os.environ.get("RANK", 0)) == 0 and not folder.exists():
+    if not folder.exists():
         reference_model(SMALL).save_pretrained(folder / "transformer")
 
 
@@ -241,11 +241,16 @@ def work(rank: int, store: dist.Store, layouts: list[Layout], out: Path, steps: 
 def started(layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
     """Work as one of torchrun's ranks."""
     store, rank, _ = next(dist.rendezvous("env://"))
+    if rank == 0:
+        write_model(out / "model")
+        store.set("model", "written")
+    store.wait(["model"])
     work(rank, store, layouts, out, steps, extra)
 
 
 def fork(ranks: int, store: Path, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
     """Work in forks of this process; the first failure ends them all."""
+    write_model(out / "model")
     gc.freeze()  # else each fork's first collection walks through, and copies, all that was imported
     start_processes(_forked, (ranks, store, layouts, out, steps, extra), nprocs=ranks, start_method="fork")
 
