@@ -40,7 +40,9 @@ WorkspaceOption = Annotated[
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Preset to start from, see `wan presets`.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the outputs. [dim]default: the recipe's[/]")]
-VideosOption = Annotated[Path, typer.Option("--videos", help="Folder of clips (.mp4) and their captions.")]
+VideosOption = Annotated[
+    str, typer.Option("--videos", metavar="FOLDER|URL", help="Clips and their captions, here or at s3://bucket/clips.")
+]
 ModelOption = Annotated[Path, typer.Option("--model", help="WAN 2.1 model folder in the Diffusers layout.")]
 RefreshOption = Annotated[
     str | None, typer.Option("--refresh", metavar="STAGE", help="Run this stage and all that depends on it again.")
@@ -123,7 +125,7 @@ def demo(workspace: WorkspaceOption = WORKSPACE / "demo", refresh: RefreshOption
     make_inputs(inputs)
     execute(
         workspace, "flows.end_to_end", "end_to_end", *EVERY_STAGE,
-        config=config, videos=inputs / "videos", model=inputs / "model", refresh=refresh,
+        config=config, videos=str(inputs / "videos"), model=inputs / "model", refresh=refresh,
     )  # fmt: skip
 
 

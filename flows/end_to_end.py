@@ -20,13 +20,13 @@ from wan_core.config import PipelineConfig, Stage
 
 @flow(name="end-to-end", flow_run_name="{config.name}")
 def end_to_end(
-    config: PipelineConfig, videos: Path, model: Path, workspace: Path, refresh: Stage | None = None
+    config: PipelineConfig, videos: str, model: Path, workspace: Path, refresh: Stage | None = None
 ) -> list[Outcome]:
     """All seven stages; those whose output is there already are found, not run.
 
     Args:
         config: what each stage computes.
-        videos: folder of clips and captions.
+        videos: folder of clips and captions, or the URL of one (s3://bucket/clips).
         model: WAN model in the Diffusers layout; its transformer gives the architecture and, in a fine-tuning, the
             weights to start from.
         workspace: folder that gets one output folder per stage.

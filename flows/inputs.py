@@ -6,19 +6,19 @@ from pathlib import Path
 
 from tasks.layout import newest, stage_folder
 from wan_core.config import Stage, check
+from wan_core.data.folder import checked_folder
 from wan_core.records import RECORD_NAME, Record, find_record, load_record
 
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
 
 
-def checked_videos(folder: Path) -> Path:
-    """The folder of clips, absolute.
+def checked_videos(videos: str) -> str:
+    """A folder of clips, absolute, or the URL of one (`s3://bucket/clips`).
 
     Raises:
-        ValueError: it does not exist.
+        ValueError: it does not exist, or cannot be reached.
     """
-    check(folder.is_dir(), f"videos={folder} is not a folder; give the folder that holds the clips and their captions")
-    return folder.absolute()
+    return str(checked_folder(videos))
 
 
 def checked_model(folder: Path) -> Path:

@@ -16,13 +16,13 @@ from wan_core.config import PipelineConfig, Stage
 
 @flow(name="prepare-dataset", flow_run_name="{config.name}")
 def prepare_dataset(
-    config: PipelineConfig, videos: Path, model: Path, workspace: Path, refresh: Stage | None = None
+    config: PipelineConfig, videos: str, model: Path, workspace: Path, refresh: Stage | None = None
 ) -> list[Outcome]:
     """Encode, shard and index a folder of captioned clips.
 
     Args:
         config: what each stage computes; encode, shard and index are read.
-        videos: folder of clips and captions.
+        videos: folder of clips and captions, or the URL of one (s3://bucket/clips).
         model: WAN model in the Diffusers layout, whose VAE and text encoder are used.
         workspace: folder that gets one output folder per stage.
         refresh: stage to make again, with all that depends on it.

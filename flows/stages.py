@@ -34,7 +34,7 @@ from wan_core.records import ConvertRecord, EncodeRecord, IndexRecord, SampleRec
 
 @flow(name="encode", flow_run_name="{name}")
 def encode(
-    config: EncodeConfig, ray: RayConfig, name: str, videos: Path, model: Path, workspace: Path, refresh: bool = False
+    config: EncodeConfig, ray: RayConfig, name: str, videos: str, model: Path, workspace: Path, refresh: bool = False
 ) -> list[Outcome]:
     """Clips and captions to latents and text embeddings."""
     run, videos, model = (

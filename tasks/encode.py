@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
+from prefect.utilities.annotations import quote
 
 from tasks import progress
 from tasks.errors import retrying_helps
@@ -20,6 +21,7 @@ from tasks.progress import Progress
 from tasks.stage import Target, Workspace, forget, stage_task
 from tasks.workers import EncodePool, ray_session
 from wan_core.config import EncodeConfig, RayConfig
+from wan_core.data.folder import Location
 from wan_core.records import EncodeRecord, PartRecord
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class Clips:
     """Clips done in all parts together, counted from several threads."""
 
     def __init__(self, plan: EncodePlan) -> None:
-        self.progress = Progress("encode", len(plan.clips), "clips")
+        self.progress = Progress("encode", len(plan.dataset.clips), "clips")
         self.done = {"": plan.num_encoded}
         self.lock = threading.Lock()
 
@@ -48,24 +50,30 @@ class Clips:
     retry_delay_seconds=exponential_backoff(backoff_factor=2), retry_jitter_factor=0.5,
     retry_condition_fn=retrying_helps, persist_result=False,
 )  # fmt: skip
-def encode_part(part: Part, pool: EncodePool, clips: Clips, videos: Path, output_dir: Path) -> PartRecord:
+def encode_part(part: Part, pool: EncodePool, clips: Clips, videos: Location, output_dir: Path) -> PartRecord:
     """One part on the next free worker; a worker that dies is an ordinary retry."""
     record = pool.encode(part, videos, output_dir, lambda done: clips.report(part.name, done))
     clips.report(part.name, len(part.clips))
     return record
 
 
-@flow(name="encode-parts", validate_parameters=False, persist_result=False)
 def encode_parts(
-    plan: EncodePlan, config: EncodeConfig, ray: RayConfig, videos: Path, model: Path, folder: Path
+    plan: EncodePlan, config: EncodeConfig, ray: RayConfig, videos: Location, model: Path, folder: Path
 ) -> None:
-    """Every part that is missing. Ray runs as long as this flow does."""
-    with ray_session(ray):
-        pool, clips = EncodePool(config, ray, model), Clips(plan)
-        futures = [encode_part.submit(part, pool, clips, videos, folder) for part in plan.parts]
-        wait(futures)
-        for future in futures:
-            future.result()
+    """Every part that is missing, as a flow of its own. Ray runs as long as it does."""
+
+    # Prefect stores a flow's parameters and searches each for futures: a plan of a million clips is none.
+    @flow(name="encode-parts", validate_parameters=False, persist_result=False)
+    def parts(num_parts: int, folder: Path) -> None:
+        with ray_session(ray):
+            pool, clips = EncodePool(config, ray, model), Clips(plan)
+            futures = [encode_part.submit(part, pool, clips, videos, folder) for part in plan.parts]
+            wait(futures)
+            for future in futures:
+                future.result()
+
+    runner = ThreadPoolTaskRunner(max_workers=ray.actors * THREADS_PER_ACTOR)
+    parts.with_options(task_runner=runner)(len(plan.parts), folder)
 
 
 @stage_task("encode")
@@ -75,12 +83,13 @@ def encode_task(target: Target, config: EncodeConfig, plan: EncodePlan) -> Encod
     return stage.finish(config, plan, target.folder)
 
 
-def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: Path, model: Path) -> EncodeRecord:
+def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: Location, model: Path) -> EncodeRecord:
     """Latents and text embeddings of the clips below `videos`: what is missing is encoded, the rest is found."""
     from wan_core.encode import stage
 
     folder = workspace.folder("encode", stage.settings_fingerprint(config, model))
-    target = workspace.target("encode", EncodeRecord, stage.stage_fingerprint(config, videos, model), folder)
+    dataset = stage.look(config, videos, model)
+    target = workspace.target("encode", EncodeRecord, dataset.fingerprint, folder)
     if target.find() and not target.refresh:
         return workspace.make(encode_task, target, config=config, plan=None)
     started = time.monotonic()
@@ -88,8 +97,8 @@ def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: P
     with workspace.alone(target):
         if target.refresh:
             forget(folder)
-        plan = stage.plan(config, videos, model, folder)
+        plan = stage.plan(config, dataset, folder)
         if plan.parts:
-            runner = ThreadPoolTaskRunner(max_workers=ray.actors * THREADS_PER_ACTOR)
-            encode_parts.with_options(task_runner=runner)(plan, config, ray, videos, model, folder)
-        return workspace.make(encode_task, replace(target, refresh=False), started=started, config=config, plan=plan)
+            encode_parts(plan, config, ray, videos, model, folder)
+        made = replace(target, refresh=False)
+        return workspace.make(encode_task, made, started=started, config=config, plan=quote(plan))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_core.config import EncodeConfig, RayConfig
+from wan_core.data.folder import Location
 from wan_core.records import PartRecord
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class EncodeWorker:
         self.config, self.done = config, 0
         self.encoders = load_encoders(config, model, device)
 
-    def encode(self, part: Part, videos: Path, output_dir: Path) -> PartRecord:
+    def encode(self, part: Part, videos: Location, output_dir: Path) -> PartRecord:
         from wan_core.encode.stage import encode_part
 
         self.done = 0
@@ -68,7 +69,7 @@ class EncodePool:
         finally:
             self._free.put(worker)
 
-    def encode(self, part: Part, videos: Path, output_dir: Path, progress: Callable[[int], None]) -> PartRecord:
+    def encode(self, part: Part, videos: Location, output_dir: Path, progress: Callable[[int], None]) -> PartRecord:
         """Encode a part on the next free worker.
 
         Args:

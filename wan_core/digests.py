@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from wan_core.memory import recall, remember
 from wan_core.records import digest, file_digest
 
 CACHED_BYTES = 8 << 20  # below it, hashing is as fast as looking up
@@ -17,26 +15,16 @@ UNBEARING_KEYS = ("transformers_version", "torch_dtype", "dtype")
 
 
 def cached_file_digest(path: Path) -> str:
-    """sha256 (hex) of a file's bytes; of large files remembered by path, size, inode and time of change.
-
-    The memory is `$XDG_CACHE_HOME/megatron-wan/digests` (`~/.cache` by default), one small file per path.
-    """
+    """sha256 (hex) of a file's bytes; of large files remembered by path, size, inode and time of change."""
     status = path.stat()
     if status.st_size < CACHED_BYTES:
         return file_digest(path)
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    entry = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-wan" / "digests" / name
-    state = f"{status.st_size} {status.st_ino} {status.st_mtime_ns}"
-    with contextlib.suppress(OSError):
-        known, _, value = entry.read_text().rpartition(" ")
-        if known == state:
-            return value
+    key, state = f"sha256 {path.resolve()}", f"{status.st_size} {status.st_ino} {status.st_mtime_ns}"
+    known, _, value = recall([key]).get(key, "").rpartition(" ")
+    if known == state:
+        return value
     value = file_digest(path)
-    with contextlib.suppress(OSError):  # a home that cannot be written only costs hashing again
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        temporary = entry.with_name(f".{name}.{os.getpid()}")
-        temporary.write_text(f"{state} {value}")
-        temporary.rename(entry)
+    remember([(key, f"{state} {value}")])
     return value
 
 

@@ -16,11 +16,11 @@ def make(folder: Path, files: dict[str, str]) -> Path:
 
 
 def captions(found: Scan) -> dict[str, str]:
-    return {clip.path.as_posix(): clip.caption for clip in found.clips}
+    return {clip.path: clip.caption for clip in found.clips}
 
 
 def reasons(found: Scan) -> dict[str, str]:
-    return {bad.path.as_posix(): bad.reason for bad in found.quarantined}
+    return {bad.path: bad.reason for bad in found.quarantined}
 
 
 def test_sidecars(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_sidecars(tmp_path: Path) -> None:
     }))  # fmt: skip
     assert captions(found) == {"a.mp4": "eins", "c.webm": "drei", "d.mkv": "vier", "sub/b.MOV": "zwei"}
     assert not found.quarantined
-    ranges = {clip.path.name: (clip.start_frame, clip.end_frame) for clip in found.clips}
-    assert ranges["b.MOV"] == (4, 9) and ranges["a.mp4"] == (0, None)
+    ranges = {clip.path: (clip.start_frame, clip.end_frame) for clip in found.clips}
+    assert ranges["sub/b.MOV"] == (4, 9) and ranges["a.mp4"] == (0, None)
     assert captions(scan(tmp_path, "frames"))["image.png"] == "only in frames mode"
 
 
@@ -60,7 +60,7 @@ def test_meta_files(tmp_path: Path, name: str) -> None:
     else:
         path.write_text("\n".join(map(json.dumps, ROWS)) if name.endswith("jsonl") else json.dumps(ROWS))
     found = scan(tmp_path)
-    assert [(clip.path.name, clip.caption, clip.start_frame, clip.end_frame) for clip in found.clips] == [
+    assert [(clip.path, clip.caption, clip.start_frame, clip.end_frame) for clip in found.clips] == [
         ("a.mp4", "first half", 0, 9), ("a.mp4", "second half", 10, 19),
         ("b.mp4", 'Bär, "quoted"\nand more', 0, None), ("c.mp4", "beside", 0, None),
     ]  # fmt: skip
@@ -110,8 +110,10 @@ def test_keys_follow_bytes_caption_and_range(tmp_path: Path) -> None:
         ({"notes.md": ""}, "holds no .mp4"),
         ({"meta.json": "[", "a.mp4": ""}, "meta.json cannot be read"),
         ({"meta.json": "{}", "a.mp4": ""}, "holds a dict, not a list"),
-        ({"meta.json": '[{"caption": "x"}]', "a.mp4": ""}, "row 1 has no file_name"),
-        ({"meta.json": "[]", "meta.csv": "", "a.mp4": ""}, "meta.json and meta.csv; keep one"),
+        ({"meta.csv": "name,caption\na.mp4,x\n", "a.mp4": ""}, "it has the columns name, caption"),
+        ({"meta.json": '[{"file_name": "a.mp4"}', "a.mp4": ""}, "Expecting ',' or ']'"),
+        ({"meta.json": "[] []", "a.mp4": ""}, "Extra data"),
+        ({"meta.json": "[]", "meta.csv": "", "a.mp4": ""}, "meta.csv and meta.json; keep one"),
     ],
 )
 def test_folders_that_cannot_be_scanned(tmp_path: Path, files: dict[str, str], sentence: str) -> None:

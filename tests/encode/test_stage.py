@@ -34,6 +34,10 @@ def add_clip(folder: Path, name: str, seed: int, num_frames: int = 9, caption: s
     return path
 
 
+def plan(config: EncodeConfig, videos: Path, model: Path, output_dir: Path) -> stage.EncodePlan:
+    return stage.plan(config, stage.look(config, videos, model), output_dir)
+
+
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
     folder = tmp_path / "videos"
@@ -111,13 +115,13 @@ def test_too_many_bad_clips_fail_with_the_reasons(videos: Path, tiny_model: Path
     assert len(lines(tmp_path / "out" / "quarantine.jsonl")) == 5
     assert not (tmp_path / "out" / "record.json").exists()
     assert stage.run(CONFIG, videos, tiny_model, tmp_path / "out").num_clips == 7  # and nothing is encoded twice
-    assert not stage.plan(CONFIG, videos, tiny_model, tmp_path / "out").parts
+    assert not plan(CONFIG, videos, tiny_model, tmp_path / "out").parts
 
 
 def test_clips_whose_latents_are_not_finite_are_quarantined(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     encoders = stage.load_encoders(CONFIG, tiny_model, DEVICE)
     encoders.vae.mean[0, 3] = torch.nan
-    planned = stage.plan(CONFIG, videos, tiny_model, tmp_path / "out")
+    planned = plan(CONFIG, videos, tiny_model, tmp_path / "out")
     part = stage.encode_part(CONFIG, planned.parts[0], videos, tmp_path / "out", encoders)
     assert (part.num_clips, part.num_quarantined) == (0, 3)
     assert {row["reason"] for row in lines(part.path / "quarantine.jsonl")} == {"latents are not finite"}
@@ -133,15 +137,15 @@ def test_rerun_touches_only_new_clips(videos: Path, tiny_model: Path, tmp_path: 
     (videos / "good0.mp4").rename(videos / "renamed.mp4")
     (videos / "good0.txt").rename(videos / "renamed.txt")
     (videos / "good1.mp4").unlink()
-    planned = stage.plan(CONFIG, videos, tiny_model, out)
-    assert [[clip.path.name for clip in part.clips] for part in planned.parts] == [["new.mp4"]]
+    planned = plan(CONFIG, videos, tiny_model, out)
+    assert [[clip.path for clip in part.clips] for part in planned.parts] == [["new.mp4"]]
     second = stage.run(CONFIG, videos, tiny_model, out)
     assert second.num_clips == 7 and second.fingerprint != first.fingerprint
     assert second.num_quarantined == first.num_quarantined
     assert {path: path.stat().st_mtime_ns for path in before} == before
     names = {line["path"] for line in lines(out / "clips.jsonl")}
     assert {"new.mp4", "renamed.mp4"} < names and "good1.mp4" not in names
-    assert second.fingerprint == stage.stage_fingerprint(CONFIG, videos, tiny_model)
+    assert second.fingerprint == stage.look(CONFIG, videos, tiny_model).fingerprint
     assert find_record(EncodeRecord, out, second.fingerprint) == second
 
 
@@ -157,14 +161,14 @@ def test_altered_part_is_encoded_again(videos: Path, tiny_model: Path, tmp_path:
 
 
 def test_fingerprints_follow_content_not_place(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
-    base = stage.stage_fingerprint(CONFIG, videos, tiny_model)
+    base = stage.look(CONFIG, videos, tiny_model).fingerprint
     moved = shutil.copytree(videos, tmp_path / "moved")
     model = shutil.copytree(tiny_model, tmp_path / "model")
     elsewhere = replace(CONFIG, clips_per_part=50, max_quarantine_share=0.9)
-    assert stage.stage_fingerprint(elsewhere, moved, model) == base
-    assert stage.stage_fingerprint(replace(CONFIG, max_frames=5), moved, model) != base
+    assert stage.look(elsewhere, moved, model).fingerprint == base
+    assert stage.look(replace(CONFIG, max_frames=5), moved, model).fingerprint != base
     (moved / "good0.txt").write_text("another caption")
-    assert stage.stage_fingerprint(CONFIG, moved, model) != base
+    assert stage.look(CONFIG, moved, model).fingerprint != base
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
@@ -178,7 +182,7 @@ def test_missing_model_parts_are_named_first(videos: Path, tiny_model: Path, tmp
     path = model / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match=missing.split("/")[0]):
-        stage.plan(CONFIG, videos, model, tmp_path / "out")
+        plan(CONFIG, videos, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from wan_core.config import EncodeConfig, Size
-from wan_core.encode.video import ClipError, choose_size, load_video, read_video, write_video
+from wan_core.data.clips import Clip
+from wan_core.encode.video import ClipError, choose_size, load_video, read_clip, read_video, write_video
 
 CONFIG = EncodeConfig(sizes=(Size(64, 96),))
 
@@ -75,9 +76,10 @@ def test_frames_mode_takes_one_frame_of_videos_and_images(tmp_path: Path) -> Non
     write_video(tmp_path / "clip.mp4", ramp(2), 16)
     Image.fromarray(ramp(1)[0]).save(tmp_path / "image.png")
     assert numbers(read_video(tmp_path / "clip.mp4", config)) == [0]
-    assert np.array_equal(read_video(tmp_path / "image.png", config), ramp(1))
+    image = Clip("image.png", "digest", "caption")
+    assert np.array_equal(read_clip(tmp_path / "image.png", image, config), ramp(1))
     with pytest.raises(ClipError, match="mode=frames"):
-        read_video(tmp_path / "image.png", CONFIG)
+        read_clip(tmp_path / "image.png", image, CONFIG)
 
 
 def test_write_then_load_keeps_pixels_rate_and_bytes(tmp_path: Path) -> None:
@@ -169,12 +171,11 @@ def test_other_bad_files_are_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "text.png").write_text("no image")
     write_video(tmp_path / "short.mp4", ramp(2), 16)
-    frames = EncodeConfig(sizes=CONFIG.sizes, mode="frames")
     for name, config, reason in (
         ("empty.mp4", CONFIG, "empty file"),
         ("text.mp4", CONFIG, "not a readable video"),
-        ("text.png", frames, "not a readable image"),
+        ("text.png", EncodeConfig(sizes=CONFIG.sizes, mode="frames"), "not a readable image"),
         ("short.mp4", CONFIG, "too short: 2 frames at 16 fps, min_frames is 5"),
     ):
         with pytest.raises(ClipError, match=reason):
-            read_video(tmp_path / name, config)
+            read_clip(tmp_path / name, Clip(name, "digest", "caption"), config)

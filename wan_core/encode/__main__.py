@@ -10,6 +10,7 @@ import torch
 
 from wan_core.config import EncodeConfig, ShardConfig, Size
 from wan_core.data import shards
+from wan_core.data.folder import checked_folder
 from wan_core.encode import stage
 from wan_core.records import ShardRecord
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> ShardRecord:
         mode=args.mode, center_crop=args.center_crop, vae_dtype=args.vae_dtype, text_dtype=args.text_dtype,
     )  # fmt: skip
     sharding = ShardConfig(max_samples=args.shard_maxcount, val_share=args.val_share)
-    encoded = stage.run(config, args.video_folder, args.model, args.output_dir, args.device)
+    encoded = stage.run(config, checked_folder(args.video_folder), args.model, args.output_dir, args.device)
     record = shards.run(sharding, encoded, args.output_dir / "shards")
     counts = ", ".join(f"{n} {split}" for split, n in record.num_samples.items())
     print(f"{len(record.shards)} shards ({counts} samples) in {record.path}; {encoded.num_quarantined} quarantined")
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         spellings = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
         parser.add_argument(*spellings, dest=name, **settings)  # type: ignore[arg-type]
 
-    add("video_folder", type=Path, required=True, help="clips (.mp4 .mov .webm .mkv) with captions beside them")
+    add("video_folder", required=True, help="clips and their captions: a folder, or a URL (s3://bucket/clips)")
     add("output_dir", type=Path, required=True, help="encoded parts, and shards/*.tar below")
     add("model", type=Path, required=True, help="Diffusers folder with tokenizer, text_encoder and vae")
     add("height", type=int, help=f"pixels, a multiple of 16 (default {default.sizes[0].height})")

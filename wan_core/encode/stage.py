@@ -34,12 +34,13 @@ from torch import Tensor
 
 from wan_core import records
 from wan_core.config import EncodeConfig
-from wan_core.data.clips import Clip, Quarantined, Scan, scan
+from wan_core.data.clips import Clip, Quarantined, scan
+from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity
 from wan_core.encode.text import TextEncoder, load_text_encoder
 from wan_core.encode.vae import Vae, load_vae
-from wan_core.encode.video import ClipError, read_video
+from wan_core.encode.video import ClipError, read_clip
 from wan_core.records import EncodeRecord, PartRecord
 
 
@@ -52,15 +53,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """The clips of a folder, before any of them is encoded."""
+
+    fingerprint: str  # of settings, encoders and clips
+    encoder: dict[str, str]
+    clips: tuple[Clip, ...]
+    quarantined: tuple[Quarantined, ...]
+
+
+@dataclass(frozen=True)
 class EncodePlan:
     """What is to be done, and what is there already."""
 
-    fingerprint: str
-    encoder: dict[str, str]
-    clips: tuple[Clip, ...]  # of the whole dataset
+    dataset: Dataset
     parts: tuple[Part, ...]  # still to be encoded
     num_encoded: int  # clips that lie in parts already, quarantined ones included
-    quarantined: tuple[Quarantined, ...]  # by the scan; those of parts come on top
 
 
 @dataclass(frozen=True)
@@ -77,30 +85,26 @@ def settings_fingerprint(config: EncodeConfig, model: Path) -> str:
     return records.fingerprint("encode", config, encoder=encoder_identity(model))
 
 
-def stage_fingerprint(config: EncodeConfig, videos: Path, model: Path) -> str:
-    """The stage's identity, clips included, before any of them is encoded."""
-    return _dataset_fingerprint(config, scan(videos, config.mode), encoder_identity(model))
-
-
-def plan(config: EncodeConfig, videos: Path, model: Path, output_dir: Path) -> EncodePlan:
-    """Look at the clips and at the parts that exist, and group what is missing into new parts.
+def look(config: EncodeConfig, videos: Location, model: Path) -> Dataset:
+    """Find the clips of a folder or URL.
 
     Raises:
-        ValueError: the folder holds no clip, or the model folder lacks an encoder.
+        ValueError: there is no clip, or the model folder lacks an encoder.
     """
     encoder, scanned = encoder_identity(model), scan(videos, config.mode)
-    known = {key for part in _whole_parts(config, encoder, output_dir) for key in part.keys}
-    missing = [clip for clip in scanned.clips if clip.key not in known]
+    keys = sorted(clip.key for clip in scanned.clips)
+    wanted = records.fingerprint("encode", config, encoder=encoder, clips=keys)
+    return Dataset(wanted, encoder, scanned.clips, scanned.quarantined)
+
+
+def plan(config: EncodeConfig, dataset: Dataset, output_dir: Path) -> EncodePlan:
+    """Look at the parts that exist, and group the clips that are missing into new parts."""
+    known = {key for part in _whole_parts(config, dataset.encoder, output_dir) for key in part.keys}
+    missing = [clip for clip in dataset.clips if clip.key not in known]
     size = config.clips_per_part
     groups = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
-    return EncodePlan(
-        fingerprint=_dataset_fingerprint(config, scanned, encoder),
-        encoder=encoder,
-        clips=scanned.clips,
-        parts=tuple(Part(records.digest(sorted(clip.key for clip in group))[:12], group) for group in groups),
-        num_encoded=len(scanned.clips) - len(missing),
-        quarantined=scanned.quarantined,
-    )
+    parts = tuple(Part(records.digest(sorted(clip.key for clip in group))[:12], group) for group in groups)
+    return EncodePlan(dataset, parts, num_encoded=len(dataset.clips) - len(missing))
 
 
 def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
@@ -113,7 +117,7 @@ def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str)
 def encode_part(
     config: EncodeConfig,
     part: Part,
-    videos: Path,
+    videos: Location,
     output_dir: Path,
     encoders: Encoders,
     progress: Callable[[int], None] = lambda done: None,
@@ -127,15 +131,16 @@ def encode_part(
     wanted = _part_fingerprint(config, encoders.identity, [clip.key for clip in part.clips])
     if found := records.find_record(PartRecord, folder, wanted):
         return found
+    folder_of_clips = open_folder(videos)
     quarantined: list[dict[str, Any]] = []
     with records.writing("encode", folder, config, wanted) as output:
         with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            pixels = _ahead(lambda clip: _read(config, videos, clip), part.clips)
+            pixels = _ahead(lambda clip: _read(config, folder_of_clips, clip), part.clips)
             for done, (clip, frames) in enumerate(zip(part.clips, pixels, strict=True), start=1):
                 try:
                     write_sample(tar, _encode_clip(config, clip, frames, encoders))
                 except ClipError as error:
-                    quarantined.append({"key": clip.key, "path": clip.path.as_posix(), "reason": str(error)})
+                    quarantined.append({"key": clip.key, "path": clip.path, "reason": str(error)})
                 progress(done)
         with tarfile.open(output.path / "part.tar") as tar:
             members = {member.name: [member.offset_data, member.size] for member in tar}
@@ -152,12 +157,13 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
         ValueError: more than `max_quarantine_share` of the clips is quarantined, or none is left.
     """
     started = time.monotonic()
-    parts = _whole_parts(config, plan.encoder, output_dir)
+    dataset = plan.dataset
+    parts = _whole_parts(config, dataset.encoder, output_dir)
     encoded = {key: part for part in parts for key in part.encoded}
     reasons = {key: reason for part in parts for key, reason in part.quarantined.items()}
-    lines, bad = [], [{"path": row.path.as_posix(), "reason": row.reason} for row in plan.quarantined]
-    for clip in plan.clips:
-        row = {"key": clip.key, "path": clip.path.as_posix(), "digest": clip.digest, "caption": clip.caption}
+    lines, bad = [], [{"path": row.path, "reason": row.reason} for row in dataset.quarantined]
+    for clip in dataset.clips:
+        row = {"key": clip.key, "path": clip.path, "digest": clip.digest, "caption": clip.caption}
         if clip.key in encoded:
             lines.append({**row, "part": encoded[clip.key].record.path.name})
         elif clip.key in reasons:
@@ -170,10 +176,10 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     _write_lines(output_dir / "clips.jsonl", lines)
     used = sorted({line["part"] for line in lines})
     shutil.copyfile(output_dir / "parts" / used[0] / "empty_text.pt", output_dir / "empty_text.pt")
-    output = records.StageOutput("encode", output_dir, output_dir, config, plan.fingerprint)
+    output = records.StageOutput("encode", output_dir, output_dir, config, dataset.fingerprint)
     record = output.finish(
         EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(lines),
-        num_quarantined=len(bad), encoder=plan.encoder,
+        num_quarantined=len(bad), encoder=dataset.encoder,
     )  # fmt: skip
     seconds = time.monotonic() - started + sum(part.record.seconds for part in parts)
     unused = tuple(f"parts/{part.record.path.name}/" for part in parts if part.record.path.name not in used)
@@ -184,15 +190,16 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
 
 
 def run(
-    config: EncodeConfig, videos: Path, model: Path, output_dir: Path, device: torch.device | str = "cpu"
+    config: EncodeConfig, videos: Location, model: Path, output_dir: Path, device: torch.device | str = "cpu"
 ) -> EncodeRecord:
     """The whole stage in this process; clips that existing parts hold are not encoded again."""
     from tqdm import tqdm
 
-    planned = plan(config, videos, model, output_dir)
-    if found := records.find_record(EncodeRecord, output_dir, planned.fingerprint):
+    dataset = look(config, videos, model)
+    if found := records.find_record(EncodeRecord, output_dir, dataset.fingerprint):
         return found
-    with tqdm(total=len(planned.clips), initial=planned.num_encoded, desc="encode", unit="clip") as bar:
+    planned = plan(config, dataset, output_dir)
+    with tqdm(total=len(dataset.clips), initial=planned.num_encoded, desc="encode", unit="clip") as bar:
         encoders = load_encoders(config, model, device) if planned.parts else None
         for part in planned.parts:
             assert encoders is not None
@@ -200,11 +207,14 @@ def run(
     return finish(config, planned, output_dir)
 
 
-def _read(config: EncodeConfig, videos: Path, clip: Clip) -> np.ndarray | ClipError:
+def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> np.ndarray | ClipError:
     try:
-        return read_video(videos / clip.path, config, clip.start_frame, clip.end_frame)
+        with videos.local(clip.path, clip.digest) as path:
+            return read_clip(path, clip, config)
     except ClipError as error:
         return error  # raised again where the clip's turn comes
+    except (FileNotFoundError, PermissionError, ChangedError) as error:
+        return ClipError(f"cannot be read: {error.strerror or error}")
 
 
 def _ahead(function: Callable[[Clip], Any], clips: Sequence[Clip]) -> Iterator[Any]:
@@ -275,10 +285,6 @@ def _unaltered(folder: Path) -> PartRecord | None:
 
 def _part_fingerprint(config: EncodeConfig, encoder: dict[str, str], keys: Sequence[str]) -> str:
     return records.fingerprint("encode", config, encoder=encoder, part=sorted(keys))
-
-
-def _dataset_fingerprint(config: EncodeConfig, scanned: Scan, encoder: dict[str, str]) -> str:
-    return records.fingerprint("encode", config, encoder=encoder, clips=sorted(clip.key for clip in scanned.clips))
 
 
 def _check_quarantine(config: EncodeConfig, num_clips: int, bad: list[dict[str, Any]], output_dir: Path) -> None:

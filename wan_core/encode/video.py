@@ -13,7 +13,7 @@ from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig, Size
-from wan_core.data.clips import IMAGE_SUFFIXES
+from wan_core.data.clips import IMAGE_SUFFIXES, Clip
 
 
 class ClipError(ValueError):
@@ -61,11 +61,20 @@ def load_video(path: Path) -> tuple[np.ndarray, float]:
         return frames, float(stream.average_rate or 0)
 
 
+def read_clip(path: Path, clip: Clip, config: EncodeConfig) -> np.ndarray:
+    """Decode a clip, video or image, whose file lies at `path`: uint8 [T, H, W, 3], see `read_video`."""
+    if not clip.path.lower().endswith(IMAGE_SUFFIXES):
+        return read_video(path, config, clip.start_frame, clip.end_frame)
+    if config.mode == "video":
+        raise ClipError("an image cannot be encoded as a video; use mode=frames")
+    return read_image(path, config)[None]
+
+
 def read_video(path: Path, config: EncodeConfig, start: int = 0, end: int | None = None) -> np.ndarray:
     """Decode a clip at the frame rate, length and size of a config.
 
     Frames are picked by their timestamps (the nearest to each 1/fps), so variable frame rates come out right. The
-    length is cut to 4n+1 frames, at most `max_frames`; mode `frames` takes the first frame only, which an image is.
+    length is cut to 4n+1 frames, at most `max_frames`; mode `frames` takes the first frame only.
 
     Args:
         start, end: first and last frame (inclusive) in the file's own frames; None: to the file's end.
@@ -74,12 +83,8 @@ def read_video(path: Path, config: EncodeConfig, start: int = 0, end: int | None
         uint8 [T, H, W, 3] with (H, W) the one of `config.sizes` that `choose_size` picks.
 
     Raises:
-        ClipError: not a video or image, truncated, or shorter than `min_frames`.
+        ClipError: not a video, truncated, or shorter than `min_frames`.
     """
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        if config.mode == "video":
-            raise ClipError("an image cannot be encoded as a video; use mode=frames")
-        return read_image(path, config)[None]
     wanted = 1 if config.mode == "frames" else config.max_frames
     with _opened(path) as (container, stream):
         picked = []
@@ -103,7 +108,9 @@ def read_image(path: Path, config: EncodeConfig) -> np.ndarray:
         with Image.open(path) as image:
             # exif_transpose: cameras store the sensor's picture and, in a tag, how it was held.
             return _fit(ImageOps.exif_transpose(image).convert("RGB"), config)
-    except (UnidentifiedImageError, OSError) as error:
+    except UnidentifiedImageError as error:
+        raise ClipError("not a readable image: unknown or damaged format") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ClipError(f"not a readable image: {_plain(error, path)}") from error
 
 
