@@ -38,5 +38,6 @@ def _opened() -> Iterator[sqlite3.Connection]:
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-wan" / "memory.sqlite"
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as table:
+        table.execute("PRAGMA synchronous = OFF")  # what a power cut takes is found out again
         table.execute("CREATE TABLE IF NOT EXISTS memory (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
         yield table

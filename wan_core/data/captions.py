@@ -11,7 +11,8 @@ from typing import Any
 
 from wan_core.data.folder import File, Folder
 
-CAPTION_KEYS = ("caption", "vila_caption", "text")  # vila_caption: the meta.json of NVIDIA's WAN examples
+# vila_caption: the meta.json of NVIDIA's WAN examples
+FIELDS = ("file_name", "caption", "vila_caption", "text", "start_frame", "end_frame")
 MAX_CHARACTERS = 20_000  # of a caption; the text encoder sees 512 tokens, and tokenising megabytes takes minutes
 
 
@@ -48,7 +49,7 @@ def row_of(file: File, fields: dict[str, Any]) -> Row:
     Raises:
         ValueError: no caption, one that cannot be used, or a range that is none.
     """
-    caption = next((fields[key] for key in CAPTION_KEYS if fields.get(key)), "")
+    caption = fields.get("caption") or fields.get("vila_caption") or fields.get("text") or ""
     if not isinstance(caption, str):
         raise ValueError(f"caption of type {type(caption).__name__} is not text")
     caption = caption.strip()
@@ -58,7 +59,7 @@ def row_of(file: File, fields: dict[str, Any]) -> Row:
         raise ValueError(f"caption of {len(caption)} characters, at most {MAX_CHARACTERS} are taken; shorten it")
     if not caption.isascii() and any("\ud800" <= letter <= "\udfff" for letter in caption):
         raise ValueError("caption holds half of a surrogate pair, which is not Unicode text")
-    start, end = (_frame_number(fields, name) for name in ("start_frame", "end_frame"))
+    start, end = _frame_number(fields, "start_frame"), _frame_number(fields, "end_frame")
     if end is not None and end < (start or 0):
         raise ValueError(f"end_frame={end} is before start_frame={start or 0}")
     return Row(file, caption, start or 0, end)
@@ -66,6 +67,8 @@ def row_of(file: File, fields: dict[str, Any]) -> Row:
 
 def _frame_number(fields: dict[str, Any], name: str) -> int | None:
     value = fields.get(name)
+    if type(value) is int and value >= 0:
+        return value
     if value is None or value == "" or value != value:  # csv leaves empty text, parquet NaN
         return None
     try:
@@ -99,9 +102,8 @@ def _parquet(content: bytes) -> Iterator[Any]:
     import pyarrow.parquet  # here: half a second that other formats need not pay
 
     table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-    wanted = {"file_name", "start_frame", "end_frame", *CAPTION_KEYS}
-    columns = [column for column in table.schema_arrow.names if column in wanted]
     _check_columns(table.schema_arrow.names)
+    columns = [name for name in FIELDS if name in table.schema_arrow.names]
     for batch in table.iter_batches(batch_size=10_000, columns=columns):
         yield from batch.to_pylist()
 

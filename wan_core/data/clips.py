@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -9,7 +10,6 @@ from typing import Literal
 
 from wan_core.data.captions import Row, read_sidecar, read_table, row_of
 from wan_core.data.folder import File, Folder, Location, open_folder
-from wan_core.records import digest
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,8 +30,8 @@ class Clip:
     key: str = field(init=False)  # stable name of the sample: content, caption and range decide it, the name does not
 
     def __post_init__(self) -> None:
-        key = digest([self.digest, self.caption, self.start_frame, self.end_frame])[:20]
-        object.__setattr__(self, "key", key)
+        text = f"{self.digest} {self.start_frame} {self.end_frame} {self.caption}"
+        object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:20])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,12 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from wan_core.config import check
 from wan_core.memory import recall, remember
-from wan_core.records import digest, file_digest
+from wan_core.records import digest
 
 type Location = str | Path  # of a folder of clips: a path, or a URL as text (a Path would fold its slashes)
 
 BATCH = 1000
+SMALL_BYTES = 1 << 20
 SETTLED_SECONDS = 2.0  # a file changed this lately could change again within one tick of the file system's clock
 KEPT_DOWNLOADS = 2  # clips cut from one file follow one another
 # What stores call the digest or version that they keep of an object's content, the best first.
@@ -141,27 +142,41 @@ class LocalFolder:
 
     def digests(self, files: Sequence[File]) -> Iterator[str | OSError]:
         """Of the bytes; remembered by path, size, inode and time of change."""
+        with ThreadPoolExecutor() as pool:
+            for i in range(0, len(files), BATCH):
+                yield from self._digests(files[i : i + BATCH], pool)
 
-        def batch(some: Sequence[File]) -> list[str | OSError]:
-            keys = [f"sha256 {self.root}/{file.name}" for file in some]
-            known, found, new = recall(keys), list[str | OSError](), list[tuple[str, str]]()
-            settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-            for key, file in zip(keys, some, strict=True):
-                state = f"{file.size} {file.version}"
-                before, _, value = known.get(key, "").rpartition(" ")
-                if before != state:
-                    try:
-                        value = file_digest(Path(self.root, file.name))
-                    except OSError as error:
-                        found.append(error)
-                        continue
-                    if int(file.version.partition(" ")[2]) < settled:
-                        new.append((key, f"{state} {value}"))
+    def _digests(self, files: Sequence[File], pool: ThreadPoolExecutor) -> list[str | OSError]:
+        keys = [f"sha256 {self.root}/{file.name}" for file in files]
+        known = recall(keys)
+        found: list[str | OSError | Future[str | OSError]] = []
+        for key, file in zip(keys, files, strict=True):
+            before, _, value = known.get(key, "").rpartition(" ")
+            if before == f"{file.size} {file.version}":
                 found.append(value)
-            remember(new)
-            return found
+            elif file.size < SMALL_BYTES:  # threads would only fight for the interpreter's lock
+                found.append(self._hashed(file))
+            else:
+                found.append(pool.submit(self._hashed, file))
+        digests = [value.result() if isinstance(value, Future) else value for value in found]
+        settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+        remember(
+            (key, f"{file.size} {file.version} {value}")
+            for key, file, value in zip(keys, files, digests, strict=True)
+            if known.get(key) != f"{file.size} {file.version} {value}"
+            and isinstance(value, str)
+            and int(file.version.partition(" ")[2]) < settled
+        )
+        return digests
 
-        yield from _in_threads(batch, files)
+    def _hashed(self, file: File) -> str | OSError:
+        try:
+            with open(f"{self.root}/{file.name}", "rb", buffering=0) as stream:
+                if file.size < SMALL_BYTES:
+                    return hashlib.sha256(stream.read()).hexdigest()
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            return error
 
     @contextlib.contextmanager
     def local(self, name: str, wanted: str) -> Iterator[Path]:
@@ -207,10 +222,9 @@ class RemoteFolder:
     def digests(self, files: Sequence[File]) -> Iterator[str | OSError]:
         """Of the store's own tag and the size, so that no object is read; of the bytes where the store keeps no tag."""
 
-        def batch(some: Sequence[File]) -> list[str | OSError]:
-            return [self._digest(file) for file in some]
-
-        yield from _in_threads(batch, files)
+        with ThreadPoolExecutor() as pool:
+            tags = (file.version.startswith("tag ") for file in files)
+            yield from (map if all(tags) else pool.map)(self._digest, files)
 
     def _digest(self, file: File) -> str | OSError:
         if file.version.startswith("tag "):
@@ -271,11 +285,3 @@ def _version(info: dict[str, Any]) -> str:
 
 def _tagged(version: str, size: int) -> str:
     return digest([version, size])
-
-
-def _in_threads[T](function: Any, files: Sequence[File]) -> Iterator[T]:
-    """`function` over batches of files; hashing releases the interpreter's lock. Results come in order."""
-    batches = [files[i : i + BATCH] for i in range(0, len(files), BATCH)]
-    with ThreadPoolExecutor() as pool:
-        for found in pool.map(function, batches):
-            yield from found

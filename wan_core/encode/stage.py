@@ -265,7 +265,7 @@ def _whole_parts(config: EncodeConfig, encoder: dict[str, str], output_dir: Path
     """The parts below a folder that were made with these settings and are unaltered."""
     parts = []
     for folder in sorted((output_dir / "parts").glob("[!.]*")):
-        record = _unaltered(folder)
+        record = records.find_record(PartRecord, folder, None)
         if record is None:
             continue
         rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -275,12 +275,6 @@ def _whole_parts(config: EncodeConfig, encoder: dict[str, str], output_dir: Path
         if record.fingerprint == _part_fingerprint(config, encoder, [*encoded, *quarantined]):
             parts.append(_WholePart(record, encoded, quarantined))
     return parts
-
-
-def _unaltered(folder: Path) -> PartRecord | None:
-    if not (folder / records.RECORD_NAME).is_file():
-        return None
-    return records.find_record(PartRecord, folder, records.load_record(PartRecord, folder).fingerprint)
 
 
 def _part_fingerprint(config: EncodeConfig, encoder: dict[str, str], keys: Sequence[str]) -> str:
