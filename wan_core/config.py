@@ -85,16 +85,28 @@ class Size:
         return f"{self.height}x{self.width}"
 
 
+def num_tokens(num_frames: int, size: Size) -> int:
+    """Tokens of a video: patches of its latents."""
+    patches = size.height // SIZE_MULTIPLE * (size.width // SIZE_MULTIPLE)
+    return ((num_frames - 1) // VAE_TEMPORAL_STRIDE + 1) * patches
+
+
 @dataclass(frozen=True)
 class EncodeConfig:
     """Raw clips to latents and text embeddings."""
 
     sizes: tuple[Size, ...] = (Size(480, 832),)  # a clip goes to the size of nearest aspect ratio
+    tokens_per_sample: int = 0  # above 0: buckets of at most so many tokens, see encode/buckets.py
+    bucket_frames: tuple[int, ...] = (17, 33, 49, 81)  # lengths of buckets; their areas are those of `sizes`
     max_frames: int = 81
     min_frames: int = 5  # shorter clips are quarantined
     fps: float = 16.0
     mode: Literal["video", "frames"] = "video"  # frames: one latent per clip from its first frame
     center_crop: bool = True  # False: stretch to the size
+    window_frames: int = 0  # above 0: long clips are cut into windows of so many frames (at fps)
+    window_stride: int = 0  # frames from one window's start to the next's; 0: window_frames
+    scene_detector: Literal["none", "content", "adaptive"] = "none"  # PySceneDetect's; clips end at its cuts
+    scene_threshold: float = 0.0  # 0: the detector's own
     vae_dtype: Literal["float32", "tfloat32", "float16", "bfloat16"] = "float32"  # what its products are of
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # never float16: UMT5 overflows to zeros
     clips_per_part: int = place(64)
@@ -109,11 +121,44 @@ class EncodeConfig:
             self.min_frames <= self.max_frames,
             f"min_frames={self.min_frames} exceeds max_frames={self.max_frames}; lower min_frames",
         )
+        self._check_buckets()
+        self._check_ranges()
         check(self.fps > 0, f"fps={self.fps} is not positive; WAN 2.1 was trained at 16")
         check(self.clips_per_part >= 1, f"clips_per_part={self.clips_per_part} is below 1; choose 64")
         check(
             0 <= self.max_quarantine_share <= 1,
             f"max_quarantine_share={self.max_quarantine_share} is not a share; choose a value in [0, 1]",
+        )
+
+    def _check_buckets(self) -> None:
+        check(len(self.bucket_frames) > 0, "bucket_frames=() is empty; give lengths of 4n+1 frames, for example 17,49")
+        for num_frames in self.bucket_frames:
+            check_num_frames("bucket_frames", num_frames)
+        smallest = min(self.sizes, key=lambda size: size.height * size.width)
+        least = num_tokens(1 if self.mode == "frames" else min(self.bucket_frames), smallest)
+        check(
+            self.tokens_per_sample == 0 or self.tokens_per_sample >= least,
+            f"tokens_per_sample={self.tokens_per_sample} is below {least}, the tokens of the smallest bucket "
+            f"({smallest}); raise it, add a smaller size or shorter bucket_frames, or set 0 for no buckets",
+        )
+
+    def _check_ranges(self) -> None:
+        if self.window_frames:
+            check_num_frames("window_frames", self.window_frames)
+            check(
+                self.min_frames <= self.window_frames <= self.max_frames,
+                f"window_frames={self.window_frames} is not between min_frames={self.min_frames} and "
+                f"max_frames={self.max_frames}; choose {self.max_frames}, or 0 for whole clips",
+            )
+        check(
+            self.window_stride == 0 or (self.window_stride > 0 and self.window_frames > 0),
+            f"window_stride={self.window_stride} needs window_frames > 0 and must not be negative; "
+            "set window_frames, or window_stride=0",
+        )
+        check(
+            self.scene_threshold == 0 or (self.scene_threshold > 0 and self.scene_detector != "none"),
+            f"scene_threshold={self.scene_threshold} needs scene_detector=content (its own is 27) or adaptive (3) "
+            "and must not be negative; choose a detector, or scene_threshold=0",
         )
 
 

@@ -176,7 +176,7 @@ def load_record[R: Record](kind: type[R], folder: Path) -> R:
 
 
 @functools.cache  # a dataset of a million clips has 16,000 records, and making an adapter takes 4 ms
-def _adapter[R: Record](kind: type[R]) -> TypeAdapter[R]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -103,7 +103,8 @@ class LocalFolder:
     def files(self) -> Iterator[File]:
         self._problems = []
         top = os.stat(self.root)
-        waiting = [("", ((top.st_dev, top.st_ino),))]  # folders to list, each with the folders that it lies in
+        # Folders to list, each with the folders that it lies in.
+        waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ((top.st_dev, top.st_ino),))]
         while waiting:
             folder, above = waiting.pop()
             try:

@@ -38,6 +38,7 @@ from wan_core.data.clips import Clip, Quarantined, scan
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity
+from wan_core.encode.ranges import cut
 from wan_core.encode.text import TextEncoder, load_text_encoder
 from wan_core.encode.vae import Vae, load_vae
 from wan_core.encode.video import ClipError, read_clip
@@ -91,7 +92,8 @@ def look(config: EncodeConfig, videos: Location, model: Path) -> Dataset:
     Raises:
         ValueError: there is no clip, or the model folder lacks an encoder.
     """
-    encoder, scanned = encoder_identity(model), scan(videos, config.mode)
+    encoder = encoder_identity(model)
+    scanned = cut(config, open_folder(videos), scan(videos, config.mode))
     keys = sorted(clip.key for clip in scanned.clips)
     wanted = records.fingerprint("encode", config, encoder=encoder, clips=keys)
     return Dataset(wanted, encoder, scanned.clips, scanned.quarantined)

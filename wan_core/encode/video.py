@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig, Size
 from wan_core.data.clips import IMAGE_SUFFIXES, Clip
+from wan_core.encode.buckets import choose_bucket
+from wan_core.encode.timeline import TOLERANCE, Timeline
+
+# SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT. Without them swscale makes 10-bit video darker by 1.7 levels of
+# 255 on average (8-bit: 0.5); with them converting takes five times as long.
+EXACT = 0x2 | 0x40000 | 0x2000
 
 
 class ClipError(ValueError):
@@ -61,6 +68,20 @@ def load_video(path: Path) -> tuple[np.ndarray, float]:
         return frames, float(stream.average_rate or 0)
 
 
+def read_small(path: Path, height: int) -> Iterator[tuple[np.ndarray, Fraction]]:
+    """Every frame, scaled down to a height, and the average frames per second: uint8 [h, w, 3] in blue, green, red.
+
+    Raises:
+        ClipError: not a video, or damaged.
+    """
+    with _opened(path) as (container, stream):
+        rate = 1 / _step(stream)
+        for frame in _decoded(container, stream):
+            small = min(height, frame.height)
+            width = max(1, round(frame.width * small / frame.height))
+            yield frame.reformat(width=width, height=small, format="bgr24").to_ndarray(), rate
+
+
 def read_clip(path: Path, clip: Clip, config: EncodeConfig) -> np.ndarray:
     """Decode a clip, video or image, whose file lies at `path`: uint8 [T, H, W, 3], see `read_video`."""
     if not clip.path.lower().endswith(IMAGE_SUFFIXES):
@@ -74,28 +95,52 @@ def read_video(path: Path, config: EncodeConfig, start: int = 0, end: int | None
     """Decode a clip at the frame rate, length and size of a config.
 
     Frames are picked by their timestamps (the nearest to each 1/fps), so variable frame rates come out right. The
-    length is cut to 4n+1 frames, at most `max_frames`; mode `frames` takes the first frame only.
+    length is cut to 4n+1 frames, at most `max_frames`, or to a bucket's; mode `frames` takes the first frame only.
 
     Args:
         start, end: first and last frame (inclusive) in the file's own frames; None: to the file's end.
 
     Returns:
-        uint8 [T, H, W, 3] with (H, W) the one of `config.sizes` that `choose_size` picks.
+        uint8 [T, H, W, 3] with (H, W) the one of `config.sizes` that `choose_size` picks, or a bucket's.
 
     Raises:
         ClipError: not a video, truncated, or shorter than `min_frames`.
     """
-    wanted = 1 if config.mode == "frames" else config.max_frames
+    fps = Fraction(config.fps)
+    # Where a frame lies is known without decoding those before it, and a bucket's length before decoding its first.
+    times = read_timeline(path) if start > 0 or config.tokens_per_sample else None
+    wanted, size = 1 if config.mode == "frames" else config.max_frames, None
+    picked: list[np.ndarray] = []
     with _opened(path) as (container, stream):
-        picked = []
-        for frame in _resampled(_decoded(container, stream), stream, Fraction(config.fps), start, end):
-            picked.append(_fit(Image.fromarray(_pixels(frame)), config, _pixel_aspect(stream, frame)))
+        for frame in _resampled(_decoded_from(container, stream, times, start), stream, fps, start, end):
+            image, aspect = Image.fromarray(_pixels(frame)), _pixel_aspect(stream, frame)
+            if size is None:
+                wanted, size = _shape(config, image.size, aspect, wanted, times, start, end)
+            picked.append(_fit(image, size, config.center_crop, aspect))
             if len(picked) == wanted:
                 break
     if config.mode == "video" and len(picked) < config.min_frames:
         raise ClipError(f"too short: {len(picked)} frames at {config.fps:g} fps, min_frames is {config.min_frames}")
+    if config.tokens_per_sample and len(picked) < wanted:
+        raise ClipError(f"damaged video: {len(picked)} frames of {wanted} can be decoded")
     length = (len(picked) - 1) // VAE_TEMPORAL_STRIDE * VAE_TEMPORAL_STRIDE + 1
     return np.stack(picked[:length])
+
+
+def _shape(
+    config: EncodeConfig, source: tuple[int, int], aspect: float, wanted: int, times: Timeline | None, start: int,
+    end: int | None,
+) -> tuple[int, Size]:  # fmt: skip
+    """Frames and size of a clip, from its first frame (width, height)."""
+    width, height = source[0] * aspect, source[1]
+    if not config.tokens_per_sample or times is None:
+        return wanted, choose_size(height, width, config.sizes)
+    last = len(times) - 1 if end is None else min(end, len(times) - 1)
+    available = 1 if config.mode == "frames" else times.num_sampled(start, last, Fraction(config.fps))
+    bucket = choose_bucket(config, available, height, width)
+    if bucket is None:
+        raise ClipError(f"too short: {available} frames at {config.fps:g} fps, less than every one of bucket_frames")
+    return bucket.frames, bucket.size
 
 
 def read_image(path: Path, config: EncodeConfig) -> np.ndarray:
@@ -107,7 +152,11 @@ def read_image(path: Path, config: EncodeConfig) -> np.ndarray:
     try:
         with Image.open(path) as image:
             # exif_transpose: cameras store the sensor's picture and, in a tag, how it was held.
-            return _fit(ImageOps.exif_transpose(image).convert("RGB"), config)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            size = choose_size(upright.height, upright.width, config.sizes)
+            if config.tokens_per_sample and (bucket := choose_bucket(config, 1, upright.height, upright.width)):
+                size = bucket.size
+            return _fit(upright, size, config.center_crop)
     except UnidentifiedImageError as error:
         raise ClipError("not a readable image: unknown or damaged format") from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -125,12 +174,11 @@ def choose_size(height: float, width: float, sizes: tuple[Size, ...]) -> Size:
     return min(sizes, key=distance)
 
 
-def _fit(image: Image.Image, config: EncodeConfig, pixel_aspect: float = 1.0) -> np.ndarray:
-    """Scale to cover the chosen size and cut the centre out, or stretch to it; in one antialiased resampling."""
+def _fit(image: Image.Image, size: Size, center_crop: bool, pixel_aspect: float = 1.0) -> np.ndarray:
+    """Scale to cover the size and cut the centre out, or stretch to it; in one antialiased resampling."""
     width, height = image.size
-    size = choose_size(height, width * pixel_aspect, config.sizes)
     box = (0.0, 0.0, float(width), float(height))
-    if config.center_crop:
+    if center_crop:
         kept_width = min(width, height * size.width / size.height / pixel_aspect)
         kept_height = min(height, width * pixel_aspect * size.height / size.width)
         left, top = (width - kept_width) / 2, (height - kept_height) / 2
@@ -164,38 +212,98 @@ class _opened:
             raise ClipError(f"damaged video: {_plain(error, self.path)}") from error
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames in display order; after the last one, an error unless they reach as far as the header promises."""
+def read_timeline(path: Path) -> Timeline:
+    """When each frame of a file is shown. The latest files are remembered: clips cut from one follow one another.
+
+    Raises:
+        ClipError: not a video, or truncated.
+    """
+    status = path.stat()
+    return _timeline(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _timeline(path: Path, state: tuple[int, ...]) -> Timeline:
+    with _opened(path) as (container, stream):
+        if stream.codec_context.name == "vp8":  # some of its packets hold no frame to be shown
+            shown = [(frame.pts, frame.duration or 0) for frame in _decoded(container, stream)]
+        else:
+            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            shown = [(packet.pts, packet.duration or 0) for packet in packets]
+        if not shown or any(pts is None for pts, _ in shown):
+            raise ClipError("damaged video: it holds no frame" if not shown else "damaged video: no timestamps")
+        shown.sort()
+        pts = np.array([pts for pts, _ in shown], np.int64)
+        step, base = _step(stream), Fraction(stream.time_base)
+        timeline = Timeline(pts, base, step, shown[-1][1] * base if shown[-1][1] else step)
+        _check_whole(container, stream, timeline.after(len(timeline) - 1))
+        return timeline
+
+
+def _step(stream: Any) -> Fraction:
+    return 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
+
+
+def _check_whole(container: Any, stream: Any, end: Fraction) -> None:
+    """Raise `ClipError` unless the frames reach as far as the header promises."""
+    promised = Fraction(0)
+    if stream.duration is not None:
+        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
+    elif container.duration is not None and len(container.streams) == 1:  # Matroska: when the last frame ends
+        promised = Fraction(container.duration, av.time_base)
+    if promised - end > 2 * _step(stream):
+        raise ClipError(f"truncated: {float(end):.2f} s of {float(promised):.2f} s can be decoded")
+
+
+def _decoded(container: Any, stream: Any, since: int | None = None) -> Iterator[Any]:
+    """Frames in display order, those before the pts `since` left out; an error if the file ends too early."""
     end = Fraction(0)
     count = 0
-    step = 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
     for frame in container.decode(stream):
         if frame.pts is None:
             raise ClipError(f"damaged video: frame {count} has no timestamp")
+        if since is not None and frame.pts < since:
+            continue
         if frame.is_corrupt:
             raise ClipError(f"damaged video: frame {count} is corrupt")
-        lasting = frame.duration * frame.time_base if frame.duration else step
+        lasting = frame.duration * frame.time_base if frame.duration else _step(stream)
         end = max(end, frame.pts * frame.time_base + lasting)
         count += 1
         yield frame
     if count == 0:
         raise ClipError("damaged video: no frame could be decoded")
-    promised = Fraction(0)
-    if stream.duration is not None:
-        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
-    elif container.duration is not None and len(container.streams) == 1:  # Matroska has no duration per stream
-        promised = Fraction((container.start_time or 0) + container.duration, av.time_base)
-    if promised - end > 2 * step:
-        raise ClipError(f"truncated: {float(end):.2f} s of {float(promised):.2f} s can be decoded")
+    _check_whole(container, stream, end)
+
+
+def _decoded_from(container: Any, stream: Any, times: Timeline | None, start: int) -> Iterator[Any]:
+    """Frames from number `start` on, found by a seek to the keyframe before it."""
+    if times is None or start == 0:
+        yield from _decoded(container, stream)
+        return
+    if start >= len(times):
+        raise ClipError(f"too short: the file has {len(times)} frames, the clip starts at {start}")
+    since = int(times.pts[start])
+    container.seek(since, stream=stream, backward=True)
+    frames = _decoded(container, stream, since)
+    first = next(frames)
+    if first.pts != since:  # the container's index leads behind the frame: decode all of what lies before it
+        container.seek(min(0, int(times.pts[0])), stream=stream, backward=True)
+        frames = _decoded(container, stream, since)
+        first = next(frames)
+        if first.pts != since:
+            raise ClipError(f"damaged video: frame {start} cannot be found")
+    yield first
+    yield from frames
 
 
 def _resampled(frames: Iterator[Any], stream: Any, fps: Fraction, start: int, end: int | None) -> Iterator[Any]:
-    """For each k the frame nearest to the first frame's time + k / fps, as long as the clip lasts."""
-    step = 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
-    previous, origin, k, count = None, Fraction(0), 0, 0
-    for count, frame in enumerate(frames, start=1):
-        if count <= start:
-            continue
+    """For each k the frame nearest to the first frame's time + k / fps, as long as the clip lasts.
+
+    Args:
+        frames: from number `start` on.
+    """
+    previous, origin, k, number = None, Fraction(0), 0, start - 1
+    for number, frame in enumerate(frames, start):
         time = frame.pts * frame.time_base
         if previous is None:
             origin = time
@@ -205,22 +313,23 @@ def _resampled(frames: Iterator[Any], stream: Any, fps: Fraction, start: int, en
                 yield previous
                 k += 1
         previous = frame
-        if count - 1 == end:
+        if number == end:
             break
     # Some meta files give the number of frames as the end: one frame beyond the last is forgiven.
-    if previous is None or (end is not None and count < end):
-        raise ClipError(f"too short: the file has {count} frames, the clip asks for {start} to {end or 'its end'}")
-    lasting = previous.duration * previous.time_base if previous.duration else step
+    if previous is None or (end is not None and number + 1 < end):
+        raise ClipError(f"too short: the file has {number + 1} frames, the clip asks for {start} to {end}")
+    lasting = previous.duration * previous.time_base if previous.duration else _step(stream)
     finish = previous.pts * previous.time_base + lasting
-    # Containers round timestamps (WebM to milliseconds), so a step may miss the end by a hair.
-    while origin + (k + 1) / fps <= finish + step / 8:
+    while k == 0 or origin + (k + 1) / fps <= finish + _step(stream) * TOLERANCE:
         yield previous
         k += 1
 
 
 def _pixels(frame: Any) -> np.ndarray:
     """A frame upright as uint8 [H, W, 3]; phones store theirs lying, with a rotation beside it."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+    deep = frame.format.components[0].bits > 8
+    pixels = frame.reformat(format="rgb24", interpolation=EXACT if deep else None).to_ndarray()
+    return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
 
 
 def _pixel_aspect(stream: Any, frame: Any) -> float:
