@@ -50,7 +50,7 @@ def size_of(area: int, aspect: tuple[int, int]) -> Size:
 
     def badness(pair: tuple[int, int]) -> tuple[bool, int, float]:
         error = abs(math.log(pair[1] / pair[0] / ratio))
-        return error > 0.1, -pair[0] * pair[1], error
+        return error > (0.1 if ratio > 1 else 0.0), -pair[0] * pair[1], error  # a square stays one
 
     short, long = (patch * SIZE_MULTIPLE for patch in min(pairs, key=badness))
     return Size(short, long) if aspect[0] >= aspect[1] else Size(long, short)
