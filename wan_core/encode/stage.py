@@ -16,6 +16,8 @@ immutable, a clip that lies in one is never encoded again, and the record says w
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 
 from wan_core import records
-from wan_core.config import EncodeConfig
+from wan_core.config import EncodeConfig, check
 from wan_core.data.clips import Clip, Quarantined, scan
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
@@ -200,13 +202,28 @@ def run(
     dataset = look(config, videos, model)
     if found := records.find_record(EncodeRecord, output_dir, dataset.fingerprint):
         return found
-    planned = plan(config, dataset, output_dir)
-    with tqdm(total=len(dataset.clips), initial=planned.num_encoded, desc="encode", unit="clip") as bar:
-        encoders = load_encoders(config, model, device) if planned.parts else None
-        for part in planned.parts:
-            assert encoders is not None
-            encode_part(config, part, videos, output_dir, encoders, progress=lambda done: bar.update())
-    return finish(config, planned, output_dir)
+    with _alone(output_dir):
+        planned = plan(config, dataset, output_dir)
+        with tqdm(total=len(dataset.clips), initial=planned.num_encoded, desc="encode", unit="clip") as bar:
+            encoders = load_encoders(config, model, device) if planned.parts else None
+            for part in planned.parts:
+                assert encoders is not None
+                encode_part(config, part, videos, output_dir, encoders, progress=lambda done: bar.update())
+        return finish(config, planned, output_dir)
+
+
+@contextlib.contextmanager
+def _alone(output_dir: Path) -> Iterator[None]:
+    """Keep other runs away from a folder."""
+    check(not output_dir.is_file(), f"output_dir={output_dir} is a file; give a folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            sentence = f"output_dir={output_dir}: another run is writing to it; wait for it to end, or give another"
+            raise ValueError(sentence) from error
+        yield
 
 
 def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> np.ndarray | ClipError:
