@@ -164,7 +164,15 @@ def encode(
     refresh: AgainOption = False,
     overrides: Overrides = None,
 ) -> None:
-    """Clips and captions to VAE latents and UMT5 embeddings, in parts, on Ray workers."""
+    """Clips and captions to VAE latents and UMT5 embeddings, in parts, on Ray workers.
+
+    [cyan]encode.sizes=480x832,832x480[/]  a clip goes to the size of nearest aspect ratio
+    [cyan]encode.tokens_per_sample=32760[/]  or to a bucket of aspect ratio, length and area within this budget
+    [cyan]encode.window_frames=81[/]  long videos are cut into windows, window_stride apart
+    [cyan]encode.scene_detector=content[/]  and before that at scene changes
+    [cyan]encode.mode=frames[/]  images, and the first frames of videos
+    [cyan]ray.actors=8 ray.gpus_per_actor=1[/]  one worker per GPU
+    """
     config = configured(recipe, overrides, name)
     execute(
         workspace, "flows.stages", "encode", config=config.encode, ray=config.ray, name=config.name,

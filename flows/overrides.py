@@ -51,6 +51,8 @@ def _value(key: str, hint: Any, text: str) -> Any:
         return text
     if several and not isinstance(value, list):
         value = text.split(",") if get_args(hint)[0] is Size else [text]
+    if get_args(hint) == (int, ...) and not isinstance(value, list):
+        return [part.strip() for part in text.split(",")]
     if hint is Size:
         return asdict(Size.parse(str(value)))
     if several and get_args(hint)[0] is Size:

@@ -171,7 +171,7 @@ def load_record[R: Record](kind: type[R], folder: Path) -> R:
             return tuple(absolute(item) for item in value)
         return folder / value if isinstance(value, Path) else value
 
-    record = _adapter(kind).validate_python({**values, "path": "."})
+    record: R = _adapter(kind).validate_python({**values, "path": "."})  # type: ignore[arg-type] # a class has a hash
     return replace(record, **{name: absolute(value) for name, value in vars(record).items()})
 
 

@@ -10,12 +10,14 @@ def test_values_reach_their_fields_and_the_trainer() -> None:
     config = apply_overrides(
         BASE,
         [
-            "encode.sizes=480x832, 832*480", "encode.max_frames=49", "sample.size=64x96", "sample.prompts=[a, b]",
+            "encode.sizes=480x832, 832*480", "encode.max_frames=49", "encode.bucket_frames=9,17",
+            "sample.size=64x96", "sample.prompts=[a, b]",
             "sample.negative_prompt=no: thing", "convert.iteration=null", "name=mine", "ray.actors=3",
             "train.train_iters=7", "optimizer.lr=1e-5", "flow_matching.shift=3",
         ],
     )  # fmt: skip
     assert config.encode.sizes == (Size(480, 832), Size(832, 480)) and config.encode.max_frames == 49
+    assert config.encode.bucket_frames == (9, 17)
     assert config.sample.size == Size(64, 96) and config.sample.prompts == ("a", "b")
     assert config.sample.negative_prompt == "no: thing" and config.convert.iteration is None
     assert config.name == "mine" and config.ray.actors == 3
@@ -33,6 +35,8 @@ def test_values_reach_their_fields_and_the_trainer() -> None:
         ("encode.max_frames=many", "encode.max_frames='many': input should be a valid integer"),
         ("encode.sizes=480", "size '480' is not HEIGHTxWIDTH"),
         ("sample.size=100x100", "height=100 is not a positive multiple of 16"),
+        ("encode.bucket_frames=9,ten", "encode.bucket_frames"),
+        ("encode.window_stride=8", "window_stride=8 needs window_frames"),
         ("encode.mode=audio", "encode.mode='audio'"),
         ("encode.fps", "'encode.fps' is not key=value"),
         ("sample.prompts=[a", "is not YAML"),
