@@ -11,7 +11,8 @@ import pytest
 
 from tests.encode.test_video import numbers, ramp, remux
 from wan_core.config import EncodeConfig, Size
-from wan_core.encode.video import ClipError, read_timeline, read_video, write_video
+from wan_core.encode.decode import ClipError, read_timeline
+from wan_core.encode.video import read_video, write_video
 
 CONFIG = EncodeConfig(sizes=(Size(64, 96),))
 # codec, pixel format, suffix, options

@@ -14,9 +14,10 @@ from wan_core.config import EncodeConfig, Size, num_tokens
 from wan_core.data.clips import Clip, scan
 from wan_core.data.folder import LocalFolder, open_folder
 from wan_core.encode.buckets import ASPECTS, buckets, choose_bucket
+from wan_core.encode.decode import read_timeline
 from wan_core.encode.ranges import cut, scene_cuts
 from wan_core.encode.timeline import Timeline
-from wan_core.encode.video import read_clip, read_timeline, read_video, write_video
+from wan_core.encode.video import read_clip, read_video, write_video
 
 CONFIG = EncodeConfig(sizes=(Size(64, 96),), max_frames=17)
 WINDOWS = replace(CONFIG, window_frames=17)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from wan_core.config import EncodeConfig, Size
 from wan_core.data.clips import Clip
-from wan_core.encode.video import ClipError, choose_size, load_video, read_clip, read_video, write_video
+from wan_core.encode.decode import ClipError
+from wan_core.encode.video import choose_size, load_video, read_clip, read_video, write_video
 
 CONFIG = EncodeConfig(sizes=(Size(64, 96),))
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from wan_core.config import EncodeConfig
 from wan_core.data.clips import IMAGE_SUFFIXES, Clip, Quarantined, Scan, in_order
 from wan_core.data.folder import ChangedError, Folder
-from wan_core.encode.video import ClipError, read_small, read_timeline
+from wan_core.encode.decode import ClipError, read_timeline
+from wan_core.encode.video import read_small
 from wan_core.memory import recall, remember
 from wan_core.records import digest
 

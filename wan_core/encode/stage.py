@@ -24,7 +24,7 @@ import shutil
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,10 +40,11 @@ from wan_core.data.clips import Clip, Quarantined, scan
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity
+from wan_core.encode.decode import ClipError
 from wan_core.encode.ranges import cut
 from wan_core.encode.text import TextEncoder, load_text_encoder
 from wan_core.encode.vae import Vae, load_vae
-from wan_core.encode.video import ClipError, read_clip
+from wan_core.encode.video import read_clip
 from wan_core.records import EncodeRecord, PartRecord
 
 
@@ -163,26 +164,29 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     started = time.monotonic()
     dataset = plan.dataset
     parts = _whole_parts(config, dataset.encoder, output_dir)
-    encoded = {key: part for part in parts for key in part.encoded}
+    encoded = {key: part.record.path.name for part in parts for key in part.encoded}
     reasons = {key: reason for part in parts for key, reason in part.quarantined.items()}
-    lines, bad = [], [{"path": row.path, "reason": row.reason} for row in dataset.quarantined]
+    bad = [{"path": row.path, "reason": row.reason} for row in dataset.quarantined]
     for clip in dataset.clips:
-        row = {"key": clip.key, "path": clip.path, "digest": clip.digest, "caption": clip.caption}
         if clip.key in encoded:
-            lines.append({**row, "part": encoded[clip.key].record.path.name})
-        elif clip.key in reasons:
-            bad.append({"path": row["path"], "reason": reasons[clip.key]})
-        else:
+            continue
+        if clip.key not in reasons:
             raise ValueError(f"clip {clip.path} lies in no part of {output_dir}; run encode_part for each planned part")
+        bad.append({"path": clip.path, "reason": reasons[clip.key]})
     (output_dir / records.RECORD_NAME).unlink(missing_ok=True)  # from here on the old dataset is not whole
     _write_lines(output_dir / "quarantine.jsonl", bad)
-    _check_quarantine(config, len(lines), bad, output_dir)
-    _write_lines(output_dir / "clips.jsonl", lines)
-    used = sorted({line["part"] for line in lines})
+    kept = [clip for clip in dataset.clips if clip.key in encoded]
+    _check_quarantine(config, len(kept), bad, output_dir)
+    rows = (
+        {"key": clip.key, "path": clip.path, "digest": clip.digest, "caption": clip.caption, "part": encoded[clip.key]}
+        for clip in kept
+    )
+    _write_lines(output_dir / "clips.jsonl", rows)
+    used = sorted({encoded[clip.key] for clip in kept})
     shutil.copyfile(output_dir / "parts" / used[0] / "empty_text.pt", output_dir / "empty_text.pt")
     output = records.StageOutput("encode", output_dir, output_dir, config, dataset.fingerprint)
     record = output.finish(
-        EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(lines),
+        EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(kept),
         num_quarantined=len(bad), encoder=dataset.encoder,
     )  # fmt: skip
     seconds = time.monotonic() - started + sum(part.record.seconds for part in parts)
@@ -313,9 +317,13 @@ def _check_quarantine(config: EncodeConfig, num_clips: int, bad: list[dict[str, 
     )
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Replace a .jsonl file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig, Size
 from wan_core.data.clips import IMAGE_SUFFIXES, Clip
 from wan_core.encode.buckets import choose_bucket
-from wan_core.encode.timeline import TOLERANCE, Timeline
+from wan_core.encode.decode import (
+    ClipError,
+    decoded,
+    decoded_from,
+    frame_seconds,
+    opened,
+    plain,
+    read_timeline,
+    resampled,
+)
+from wan_core.encode.timeline import Timeline
 
 # SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT. Without them swscale makes 10-bit video darker by 1.7 levels of
 # 255 on average (8-bit: 0.5); with them converting takes five times as long.
 EXACT = 0x2 | 0x40000 | 0x2000
-
-
-class ClipError(ValueError):
-    """A clip that cannot be used; the sentence is the reason that its quarantine row shows."""
 
 
 def write_video(path: Path, frames: Any, fps: float, crf: int = 18) -> None:
@@ -63,8 +67,8 @@ def load_video(path: Path) -> tuple[np.ndarray, float]:
     Raises:
         ClipError: it is no video, or is damaged.
     """
-    with _opened(path) as (container, stream):
-        frames = np.stack([_pixels(frame) for frame in _decoded(container, stream)])
+    with opened(path) as (container, stream):
+        frames = np.stack([_pixels(frame) for frame in decoded(container, stream)])
         return frames, float(stream.average_rate or 0)
 
 
@@ -74,9 +78,9 @@ def read_small(path: Path, height: int) -> Iterator[tuple[np.ndarray, Fraction]]
     Raises:
         ClipError: not a video, or damaged.
     """
-    with _opened(path) as (container, stream):
-        rate = 1 / _step(stream)
-        for frame in _decoded(container, stream):
+    with opened(path) as (container, stream):
+        rate = 1 / frame_seconds(stream)
+        for frame in decoded(container, stream):
             small = min(height, frame.height)
             width = max(1, round(frame.width * small / frame.height))
             yield frame.reformat(width=width, height=small, format="bgr24").to_ndarray(), rate
@@ -111,8 +115,8 @@ def read_video(path: Path, config: EncodeConfig, start: int = 0, end: int | None
     times = read_timeline(path) if start > 0 or config.tokens_per_sample else None
     wanted, size = 1 if config.mode == "frames" else config.max_frames, None
     picked: list[np.ndarray] = []
-    with _opened(path) as (container, stream):
-        for frame in _resampled(_decoded_from(container, stream, times, start), stream, fps, start, end):
+    with opened(path) as (container, stream):
+        for frame in resampled(decoded_from(container, stream, times, start), stream, fps, start, end):
             image, aspect = Image.fromarray(_pixels(frame)), _pixel_aspect(stream, frame)
             if size is None:
                 wanted, size = _shape(config, image.size, aspect, wanted, times, start, end)
@@ -160,7 +164,7 @@ def read_image(path: Path, config: EncodeConfig) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise ClipError("not a readable image: unknown or damaged format") from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ClipError(f"not a readable image: {_plain(error, path)}") from error
+        raise ClipError(f"not a readable image: {plain(error, path)}") from error
 
 
 def choose_size(height: float, width: float, sizes: tuple[Size, ...]) -> Size:
@@ -186,145 +190,6 @@ def _fit(image: Image.Image, size: Size, center_crop: bool, pixel_aspect: float 
     return np.asarray(image.resize((size.width, size.height), Image.Resampling.BICUBIC, box=box))
 
 
-class _opened:
-    """Context manager: the container and its first video stream; what FFmpeg raises becomes a `ClipError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> tuple[Any, Any]:
-        if self.path.stat().st_size == 0:
-            raise ClipError("empty file: 0 bytes")
-        try:
-            self.container = av.open(str(self.path))
-        except FFmpegError as error:
-            raise ClipError(f"not a readable video: {_plain(error, self.path)}") from error
-        if not self.container.streams.video:
-            self.container.close()
-            raise ClipError("not a readable video: it holds no video stream")
-        stream = self.container.streams.video[0]
-        stream.thread_type = "AUTO"
-        return self.container, stream
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.container.close()
-        if isinstance(error, FFmpegError):
-            raise ClipError(f"damaged video: {_plain(error, self.path)}") from error
-
-
-def read_timeline(path: Path) -> Timeline:
-    """When each frame of a file is shown. The latest files are remembered: clips cut from one follow one another.
-
-    Raises:
-        ClipError: not a video, or truncated.
-    """
-    status = path.stat()
-    return _timeline(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-
-
-@lru_cache(maxsize=8)
-def _timeline(path: Path, state: tuple[int, ...]) -> Timeline:
-    with _opened(path) as (container, stream):
-        if stream.codec_context.name == "vp8":  # some of its packets hold no frame to be shown
-            shown = [(frame.pts, frame.duration or 0) for frame in _decoded(container, stream)]
-        else:
-            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            shown = [(packet.pts, packet.duration or 0) for packet in packets]
-        if not shown or any(pts is None for pts, _ in shown):
-            raise ClipError("damaged video: it holds no frame" if not shown else "damaged video: no timestamps")
-        shown.sort()
-        pts = np.array([pts for pts, _ in shown], np.int64)
-        step, base = _step(stream), Fraction(stream.time_base)
-        timeline = Timeline(pts, base, step, shown[-1][1] * base if shown[-1][1] else step)
-        _check_whole(container, stream, timeline.after(len(timeline) - 1))
-        return timeline
-
-
-def _step(stream: Any) -> Fraction:
-    return 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
-
-
-def _check_whole(container: Any, stream: Any, end: Fraction) -> None:
-    """Raise `ClipError` unless the frames reach as far as the header promises."""
-    promised = Fraction(0)
-    if stream.duration is not None:
-        promised = ((stream.start_time or 0) + stream.duration) * stream.time_base
-    elif container.duration is not None and len(container.streams) == 1:  # Matroska: when the last frame ends
-        promised = Fraction(container.duration, av.time_base)
-    if promised - end > 2 * _step(stream):
-        raise ClipError(f"truncated: {float(end):.2f} s of {float(promised):.2f} s can be decoded")
-
-
-def _decoded(container: Any, stream: Any, since: int | None = None) -> Iterator[Any]:
-    """Frames in display order, those before the pts `since` left out; an error if the file ends too early."""
-    end = Fraction(0)
-    count = 0
-    for frame in container.decode(stream):
-        if frame.pts is None:
-            raise ClipError(f"damaged video: frame {count} has no timestamp")
-        if since is not None and frame.pts < since:
-            continue
-        if frame.is_corrupt:
-            raise ClipError(f"damaged video: frame {count} is corrupt")
-        lasting = frame.duration * frame.time_base if frame.duration else _step(stream)
-        end = max(end, frame.pts * frame.time_base + lasting)
-        count += 1
-        yield frame
-    if count == 0:
-        raise ClipError("damaged video: no frame could be decoded")
-    _check_whole(container, stream, end)
-
-
-def _decoded_from(container: Any, stream: Any, times: Timeline | None, start: int) -> Iterator[Any]:
-    """Frames from number `start` on, found by a seek to the keyframe before it."""
-    if times is None or start == 0:
-        yield from _decoded(container, stream)
-        return
-    if start >= len(times):
-        raise ClipError(f"too short: the file has {len(times)} frames, the clip starts at {start}")
-    since = int(times.pts[start])
-    container.seek(since, stream=stream, backward=True)
-    frames = _decoded(container, stream, since)
-    first = next(frames)
-    if first.pts != since:  # the container's index leads behind the frame: decode all of what lies before it
-        container.seek(min(0, int(times.pts[0])), stream=stream, backward=True)
-        frames = _decoded(container, stream, since)
-        first = next(frames)
-        if first.pts != since:
-            raise ClipError(f"damaged video: frame {start} cannot be found")
-    yield first
-    yield from frames
-
-
-def _resampled(frames: Iterator[Any], stream: Any, fps: Fraction, start: int, end: int | None) -> Iterator[Any]:
-    """For each k the frame nearest to the first frame's time + k / fps, as long as the clip lasts.
-
-    Args:
-        frames: from number `start` on.
-    """
-    previous, origin, k, number = None, Fraction(0), 0, start - 1
-    for number, frame in enumerate(frames, start):
-        time = frame.pts * frame.time_base
-        if previous is None:
-            origin = time
-        else:
-            before = previous.pts * previous.time_base
-            while origin + k / fps <= (before + time) / 2:  # a tie goes to the earlier frame
-                yield previous
-                k += 1
-        previous = frame
-        if number == end:
-            break
-    # Some meta files give the number of frames as the end: one frame beyond the last is forgiven.
-    if previous is None or (end is not None and number + 1 < end):
-        raise ClipError(f"too short: the file has {number + 1} frames, the clip asks for {start} to {end}")
-    lasting = previous.duration * previous.time_base if previous.duration else _step(stream)
-    finish = previous.pts * previous.time_base + lasting
-    while k == 0 or origin + (k + 1) / fps <= finish + _step(stream) * TOLERANCE:
-        yield previous
-        k += 1
-
-
 def _pixels(frame: Any) -> np.ndarray:
     """A frame upright as uint8 [H, W, 3]; phones store theirs lying, with a rotation beside it."""
     deep = frame.format.components[0].bits > 8
@@ -336,8 +201,3 @@ def _pixel_aspect(stream: Any, frame: Any) -> float:
     """Width of a pixel over its height, as seen upright."""
     aspect = float(stream.sample_aspect_ratio or 1)
     return 1 / aspect if frame.rotation % 180 else aspect
-
-
-def _plain(error: Exception, path: Path) -> str:
-    """An error's text without the path, which the quarantine row has in a field of its own."""
-    return str(getattr(error, "strerror", None) or error).replace(str(path), path.name)
