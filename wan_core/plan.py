@@ -23,6 +23,7 @@ LOW, HIGH, ADAM = 2, 4, 8  # bytes of a bfloat16 and a float32 number; of Adam's
 FSDP_PREFETCH, FSDP_REDUCE = 500_000_000, 1_000_000_000  # numbers that Megatron-FSDP gathers ahead, reduces behind
 COMMUNICATOR = 0.25 * GIB  # NCCL's buffers for a group
 CONTEXT = 1.5 * GIB  # CUDA's context, libraries' workspaces
+BESIDE = 0.1  # of a communication beside computation that shows: it takes multiprocessors (assumed, not measured)
 FRAGMENTATION = 0.02  # of what is allocated
 
 
@@ -43,7 +44,7 @@ class Device:
 
 DEVICES = {
     "h200": Device(139.8, 800e12, 206, 684e12, 640e12, 4.0e12, 260e9, 45e9),
-    "h100": Device(79.1, 760e12, 206, 650e12, 608e12, 2.7e12, 260e9, 45e9),  # not measured: an H200's chip, 95 % of it
+    "h100": Device(79.1, 760e12, 206, 650e12, 608e12, 2.7e12, 260e9, 45e9),  # an H200's chip, 95 % of it
 }
 
 
@@ -263,11 +264,12 @@ def block_time(work: Work, layout: Layout) -> BlockTime:
     gather = (tp - 1) / tp * unit / d.node_link + d.latency if tp > 1 else 0.0  # or reduce-scatter; an all-reduce: two
     norms = 2 * d.latency if tp > 1 else 0.0  # of q and k
     exchange = 4 * (cp - 1) / cp * unit / tp / link + 2 * d.latency if cp > 1 and not layout.ring else 0.0
-    passed = (cp - 1) * (2 * unit / tp / link + d.latency) if layout.ring else 0.0
-    forward = matmul + moved(MOVED_FORWARD) + 6 * gather + norms + exchange + max(attention, passed)
+    around = 2 * unit / tp / link + d.latency  # keys and values to the next rank
+    passed, passed_back = ((cp - 1) * around, (3 * cp - 1) * around) if layout.ring else (0.0, 0.0)  # float32 gradients
+    forward = matmul + moved(MOVED_FORWARD) + 6 * gather + norms + exchange + _beside(attention, passed)
     backward = (
         2 * matmul + moved(MOVED_BACKWARD) + (9 if layout.sequence_parallel else 6) * gather + norms + exchange
-        + max(attention_backward, 2 * passed)
+        + _beside(attention_backward, passed_back)
     )  # fmt: skip
     again = {None: 0.0, "selective": moved(MOVED_FORWARD), "full": forward}[layout.recompute]
     return BlockTime(forward, backward, again)
@@ -282,20 +284,25 @@ def step_seconds(work: Work, layout: Layout) -> float:
     link = d.node_link if layout.tp * shards <= work.gpus_per_node else d.network
     share = (shards - 1) / shards
     forward, backward = layers * block.forward, layers * block.backward + recomputed * block.again
-    if layout.fsdp:  # per block, beside the block before it
+    if layout.fsdp:  # a block's beside the block before it
         weights = layer_parameters(a, layout.tp).total * share / link
-        forward += layers * max(0.0, LOW * weights - block.forward) + LOW * weights
-        backward += layers * max(0.0, (LOW + HIGH) * weights - backward / layers) + HIGH * weights
-        synchronised = 0.0
-    else:  # per step, beside the last backward and the first forward
-        synchronised = max(0.0, HIGH * count.total * share / link - backward)
-        synchronised += max(0.0, LOW * count.total * share / link - forward)
+        forward = layers * _beside(block.forward, LOW * weights) + LOW * weights
+        backward = layers * _beside(backward / layers, (LOW + HIGH) * weights) + HIGH * weights
+        waited = 0.0
+    else:  # once a step, beside the last backward and the first forward
+        waited = _beside(backward, HIGH * count.total * share / link) - backward
+        waited += _beside(forward, LOW * count.total * share / link) - forward
     sent = work.tokens / layout.cp * a.hidden_size * LOW / (layout.tp if layout.sequence_parallel else 1)
     across = 2 * (sent / (d.network if work.nodes > 1 else d.node_link) + d.latency) if layout.pp > 1 else 0.0
     pipeline = (micro_batches + layout.pp - 1) * (forward + backward + across)
     # zeroed, scaled and normed gradients; master weights and moments read and written
     adam = (count.total / (shards if layout.fsdp else 1) * 12 + count.total / shards * 34) / d.memory
-    return pipeline + synchronised + adam
+    return pipeline + waited + adam
+
+
+def _beside(computation: float, communication: float) -> float:
+    """Seconds of both at once."""
+    return max(computation + BESIDE * communication, communication)
 
 
 def estimate(work: Work, layout: Layout) -> Estimate:
@@ -339,7 +346,7 @@ def works(a: Architecture, layout: Layout) -> bool:
 
 
 def rank(work: Work) -> list[Estimate]:
-    """Layouts that fit, fastest first; they recompute only where they would not fit otherwise.
+    """Layouts that fit, fastest first (of equals to three digits the simplest); they recompute only where they have to.
 
     Full recomputation takes as few blocks as memory needs.
     """
@@ -353,7 +360,7 @@ def rank(work: Work) -> list[Estimate]:
         first = next((each for each in found if each.total_bytes <= limit), None)
         if first is not None:
             fitting[layout] = first
-    return sorted(fitting.values(), key=lambda each: (each.seconds, each.total_bytes))
+    return sorted(fitting.values(), key=lambda each: (float(f"{each.seconds:.3g}"), each.layout.fsdp, each.seconds))
 
 
 def smallest(work: Work) -> Estimate:
