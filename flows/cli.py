@@ -215,6 +215,33 @@ def index(
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
+def blend(
+    shares: Annotated[
+        list[str], typer.Argument(metavar="DATASET=SHARE...", help="Name in the workspace, or output folder of index.")
+    ],
+    name: Annotated[str, typer.Option("--name", help="Name of the blend.")],
+    workspace: WorkspaceOption = WORKSPACE,
+) -> None:
+    """Several datasets as one, each with its share of the samples: `images=0.3 clips=0.7`. Trains like any dataset."""
+    from tasks.layout import stage_folder
+    from wan_core.data import blend as stage
+
+    weights: dict[Path, float] = {}
+    for text in shares:
+        dataset, equals, share = text.rpartition("=")
+        check(bool(equals) and bool(dataset), f"{text!r} is not DATASET=SHARE; write for example images=0.3")
+        folder = Path(dataset) if Path(dataset).is_dir() else None
+        record = given_or_newest(IndexRecord, "index", workspace, dataset, folder)
+        check(record.path not in weights, f"{dataset} is named twice; name it once, with both shares")
+        weights[record.path] = float(share)
+    config = stage.BlendConfig.of(weights)
+    folder = stage_folder(workspace.absolute(), "index") / f"{name}-{stage.fingerprint(config)[:8]}"
+    made = stage.run(weights, folder)
+    counts = ", ".join(f"{count:,} {split}" for split, count in made.num_samples.items())
+    console.print(f"{made.path}: {len(weights)} datasets, {counts} samples")
+
+
+@app.command(rich_help_panel=STAGE_PANEL)
 def train(
     model: ModelOption,
     recipe: RecipeOption,

@@ -35,7 +35,7 @@ def end_to_end(
     run, videos, model = Workspace(workspace, config.name, refresh), checked_videos(videos), checked_model(model)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)
-    indexed = index(run, config.index, sharded)
+    indexed = index(run, config.index, sharded, model)
     trained = train(run, config.train, indexed, model, config.launch, config.ray)
     converted = convert(run, config.convert, trained, model)
     sampled = sample(run, config.sample, converted)

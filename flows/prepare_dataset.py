@@ -30,5 +30,5 @@ def prepare_dataset(
     run, videos, model = Workspace(workspace, config.name, refresh), checked_videos(videos), checked_model(model)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)
-    index(run, config.index, sharded)
+    index(run, config.index, sharded, model)
     return run.outcomes

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
-from wan_core.records import EncodeRecord, EvaluateRecord, Record, SampleRecord
+from wan_core.records import EncodeRecord, EvaluateRecord, IndexRecord, Record, SampleRecord
 
 HIDDEN = {"stage", "path", "fingerprint", "config", "files", "seconds", "versions"}  # shown otherwise or too long
 MAX_ROWS = 500  # of a table: the UI draws all of them at once
@@ -48,6 +49,12 @@ def _image(path: Path) -> str:
     return f'\n<img alt="{path.name}" src="data:image/png;base64,{data}" />\n'
 
 
+def dataset_card(folder: Path) -> str:
+    """The card of a dataset with its pictures inline."""
+    page = (folder / "card.md").read_text(encoding="utf-8")
+    return re.sub(r"!\[[^]]*\]\(([^)]+\.png)\)", lambda match: _image(folder / match[1]), page)
+
+
 def publish(record: Record) -> None:
     """Create the artifacts of a record, linked to the current task run."""
     page = markdown(record)
@@ -55,6 +62,8 @@ def publish(record: Record) -> None:
         page += "".join(_image(record.path / name) for name in record.files if name.endswith("contact_sheet.png"))
     if isinstance(record, EvaluateRecord):
         page += f"\nReport: `{record.report}`\n"
+    if isinstance(record, IndexRecord):
+        create_markdown_artifact(key="dataset-card", markdown=dataset_card(record.path), description=record.path.name)
     create_markdown_artifact(key=record.stage, markdown=page, description=f"{record.stage} {record.path.name}")
     if isinstance(record, EncodeRecord) and record.num_quarantined:
         lines = (record.path / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()

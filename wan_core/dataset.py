@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 
 from wan_core.config import check
+from wan_core.data.blend import dataset_path
 from wan_core.data.loader import LoaderConfig, PackLoader
 from wan_core.data.synthetic import SyntheticConfig, SyntheticLoader
 from wan_core.parallel import Parallel
@@ -17,7 +19,7 @@ from wan_core.parallel import Parallel
 class WanDatasetProvider(DatasetProvider):
     """Packs from an indexed dataset, or synthetic ones where `mock` says so; never one for want of the other."""
 
-    path: str | None = None  # output of the index stage
+    path: str | None = None  # output of the index stage, or a blend of several
     tokens_per_pack: int = 37440
     packing_buffer_size: int = 64  # samples among which packs are filled
     shuffle_buffer_size: int = 256
@@ -43,8 +45,8 @@ class WanDatasetProvider(DatasetProvider):
             return SyntheticLoader(mock, rank, ranks), validation, None
         check(self.path is not None, "no dataset: give dataset.path=DIR (the index stage's output), or --mock")
         config = LoaderConfig(
-            str(self.path), self.tokens_per_pack, self.packing_buffer_size, self.shuffle_buffer_size,
-            self.caption_dropout, self.num_workers,
+            str(dataset_path(Path(str(self.path)))), self.tokens_per_pack, self.packing_buffer_size,
+            self.shuffle_buffer_size, self.caption_dropout, self.num_workers,
         )  # fmt: skip
         group = context.pg_collection.dp if context.pg_collection else None
         train = PackLoader(config, "train", rank, ranks, group)

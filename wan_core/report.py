@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from wan_core.demo.checker import Seen
 from wan_core.demo.videos import COLOURS, DIRECTIONS, SHAPES
+from wan_core.pictures import ACCENT, GREY, INK, font, plain_axes, shortened
 from wan_core.records import EncodeRecord, SampleRecord, TrainRecord
 
 CHANCE = {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS)}
-INK, SOFT, GOOD, BAD = "#1c2230", "#667085", "#14804a", "#b3261e"
-GREY, ACCENT = "#8590a6", "#4f7cf0"  # legible on white and on near-black: the plot has no background of its own
+GOOD, BAD = "#14804a", "#b3261e"
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,7 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + gap) + gap, rows * (cell[1] + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    import matplotlib
-
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    plain, bold = (ImageFont.truetype(str(fonts / f"DejaVuSans{kind}.ttf"), 14) for kind in ("", "-Bold"))
+    plain, bold = font(14), font(14, bold=True)
     for index, (sample, row) in enumerate(zip(samples, thumbs, strict=True)):
         left = gap + index % columns * (cell[0] + gap)
         top = gap + index // columns * (cell[1] + gap)
@@ -83,19 +80,13 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
         for image in row:
             sheet.paste(image, (x, top))
             x += image.width + 4
-        draw.text((left, top + side + 6), _shortened(sample.prompt, cell[0], plain), font=plain, fill=INK)
+        draw.text((left, top + side + 6), shortened(sample.prompt, cell[0], plain), font=plain, fill=INK)
         cursor = float(left)
         for name, right in sample.marks.items():
             text = f"{'✓' if right else '✗'} {getattr(sample.seen, name) or 'none'}"
             draw.text((cursor, top + side + 28), text, font=bold, fill=GOOD if right else BAD)
             cursor += draw.textlength(text, font=bold) + 14
     sheet.save(path, optimize=True)
-
-
-def _shortened(text: str, width: int, font: Any) -> str:
-    if font.getlength(text) <= width:
-        return text
-    return next(text[:end] + "…" for end in range(len(text), -1, -1) if font.getlength(text[:end] + "…") <= width)
 
 
 def plot_training(curve: Sequence[dict[str, Any]], path: Path) -> None:
@@ -114,12 +105,7 @@ def plot_training(curve: Sequence[dict[str, Any]], path: Path) -> None:
         values = np.array([row[key] for row in curve], dtype=np.float64)
         axes.plot(iterations, values, color=ACCENT, linewidth=1, alpha=0.35)
         axes.plot(iterations, _smoothed(values), color=ACCENT, linewidth=2)
-        axes.set_title(title, loc="left", fontsize=11, color=GREY)
-        axes.tick_params(colors=GREY, labelsize=9)
-        axes.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GREY)
-        axes.set_facecolor("none")
+        plain_axes(axes, title)
         axes.set_ylim(bottom=0)
         if key != "grad_norm":
             axes.set_xlabel("step", fontsize=9, color=GREY)

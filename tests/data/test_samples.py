@@ -135,6 +135,28 @@ def test_hostile_pickles_do_execute_elsewhere(tmp_path: Path) -> None:
     assert [name for number, name in enumerate(names) if not (tmp_path / str(number)).exists()] == []
 
 
+def test_nothing_can_be_set_on_what_a_pickle_may_name() -> None:
+    """BUILD gives the object below it attributes: a function's defaults, and with them what it does later."""
+    call = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    raw = pickle.PROTO + b"\x04" + call + b"N}X\x0c\x00\x00\x00__defaults__Ns\x86b" + pickle.STOP
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    with pytest.raises(ValueError, match="opcode EMPTY_DICT is not part of a pickled tensor"):
+        decode_member("a.pickle", raw)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+    pickle.loads(raw)  # the example is real
+    assert torch._utils._rebuild_tensor_v2.__defaults__ is None
+    torch._utils._rebuild_tensor_v2.__defaults__ = before
+
+
+@pytest.mark.parametrize("kind", ["pth", "pickle"])
+def test_altered_bytes_are_refused(kind: str) -> None:
+    raw, tensor = members(tar_bytes(make()))[f"abc.{kind}"], make().latents if kind == "pth" else make().text_embeds
+    altered = bytearray(raw)
+    altered[raw.index(tensor.view(torch.uint8).numpy().tobytes()) + 100] ^= 4
+    with pytest.raises(ValueError, match=f"abc.{kind}' is refused: checksum of archive/data/0 differs"):
+        decode_member(f"abc.{kind}", bytes(altered))
+
+
 @pytest.mark.parametrize(
     "name, raw",
     [

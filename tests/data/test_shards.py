@@ -50,7 +50,7 @@ def add_parts(folder: Path, groups: list[range], per_file: int = 1) -> EncodeRec
 
 
 def sample(i: int) -> Sample:
-    latents = torch.full((16, 1 + i % 3, 2 + 2 * (i % 2), 4), float(i))
+    latents = i + torch.linspace(0, 0.5, 16 * (1 + i % 3) * (2 + 2 * (i % 2)) * 4).view(16, 1 + i % 3, -1, 4)
     return Sample(f"key{i:04d}", latents, torch.full((3, 8), i).bfloat16(), replace(INFO, caption=f"caption {i}"))
 
 

@@ -1,4 +1,11 @@
-"""index: Energon's metadata beside the shards, written without asking anything."""
+"""index: Energon's metadata beside the shards, written without asking anything, and a card that shows what is in them.
+
+<output_dir>/.nv-meta/           what `megatron.energon.get_train_dataset` reads
+             <shard>.tar.idx     offsets of the samples
+             card.md             the dataset card (data/card.py), with histograms.png and contact_sheet.png
+             record.json         IndexRecord, written last
+             ...                 all files of the shard stage, hard-linked
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ import os
 import sqlite3
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from megatron import energon
@@ -23,8 +31,12 @@ from megatron.energon.flavors.webdataset.indexing import SqliteIndexWriter
 from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX
 
 from wan_core import records
-from wan_core.config import IndexConfig
+from wan_core.config import IndexConfig, check
+from wan_core.data import card
 from wan_core.records import IndexRecord, ShardRecord
+
+if TYPE_CHECKING:
+    from wan_core.encode.vae import Vae
 
 REMEDY = "it is damaged: delete its folder and run shard again"
 META_FOLDER = ".nv-meta"
@@ -43,15 +55,19 @@ def stage_fingerprint(config: IndexConfig, sharded: ShardRecord) -> str:
     return records.fingerprint("index", config, shard=sharded.fingerprint)
 
 
-def run(config: IndexConfig, sharded: ShardRecord, output_dir: Path, earlier: Path | None = None) -> IndexRecord:
+def run(
+    config: IndexConfig, sharded: ShardRecord, output_dir: Path, earlier: Path | None = None, model: Path | None = None
+) -> IndexRecord:
     """Link the shards into a folder and index them there.
 
     Args:
         earlier: an output of this stage; what it knows of shards that it shares is taken over, and only the others are
             read. `output_dir` may be one, too.
+        model: Diffusers folder whose VAE made the latents; with it the card shows pictures.
 
     Raises:
-        ValueError: a shard has another size, or holds another number of samples, than when it was written.
+        ValueError: a shard has another size, or holds another number of samples, than when it was written; or the model
+            has another VAE.
     """
     wanted = stage_fingerprint(config, sharded)
     if found := records.find_record(IndexRecord, output_dir, wanted):
@@ -60,12 +76,27 @@ def run(config: IndexConfig, sharded: ShardRecord, output_dir: Path, earlier: Pa
         found_size = (sharded.path / name).stat().st_size
         if found_size != size:
             raise ValueError(f"{sharded.path / name} has {found_size} bytes instead of {size}; {REMEDY}")
-    earlier = earlier or output_dir
+    earlier, vae = earlier or output_dir, load_matching_vae(model, sharded) if model else None
     with records.writing("index", output_dir, config, wanted) as output:
         for name in sharded.files:
             records.link(sharded.path / name, output.path / name)
         prepare(config, sharded, output.path, earlier)
+        card.write(output.path, output_dir.name, sharded.encoder, vae)
         return output.finish(IndexRecord, num_samples=sharded.num_samples, encoder=sharded.encoder)
+
+
+def load_matching_vae(model: Path, sharded: ShardRecord) -> Vae:
+    """The VAE that made the latents, on the GPU if there is one."""
+    import torch
+
+    from wan_core.digests import encoder_identity
+    from wan_core.encode.vae import load_vae
+
+    check(
+        encoder_identity(model)["vae_digest"] == sharded.encoder["vae_digest"],
+        f"{sharded.path} was encoded with another VAE than {model} has; give the model that it was encoded with",
+    )
+    return load_vae(model, "float32", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare(config: IndexConfig, sharded: ShardRecord, folder: Path, earlier: Path) -> None:

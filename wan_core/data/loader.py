@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
+from megatron.energon.errors import reraise_exception
 
 from wan_core.config import check
 from wan_core.data.batch import Pack
@@ -20,7 +21,7 @@ from wan_core.data.task_encoder import WanTaskEncoder
 class LoaderConfig:
     """How packs are made from shards."""
 
-    path: str
+    path: str  # output of the index stage, or an Energon metadataset beside an empty_text.pt
     tokens_per_pack: int
     packing_buffer_size: int
     shuffle_buffer_size: int
@@ -29,7 +30,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check(
-            (Path(self.path) / ".nv-meta" / "dataset.yaml").is_file(),
+            Path(self.path).is_file() or (Path(self.path) / ".nv-meta" / "dataset.yaml").is_file(),
             f"dataset.path={self.path} holds no Energon metadata (.nv-meta/dataset.yaml); run the index stage on it, "
             "or give the folder that it wrote",
         )
@@ -43,9 +44,11 @@ class PackLoader:
         group: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         workers = WorkerConfig(
-            rank=rank, world_size=world_size, num_workers=config.num_workers, data_parallel_group=group
-        )
-        empty_text = torch.load(Path(config.path) / "empty_text.pt", weights_only=True)
+            rank=rank, world_size=world_size, num_workers=config.num_workers, data_parallel_group=group,
+            global_error_handler=reraise_exception,  # by default damaged samples are skipped, with a line in the log
+        )  # fmt: skip
+        folder = Path(config.path).parent if Path(config.path).is_file() else Path(config.path)
+        empty_text = torch.load(folder / "empty_text.pt", weights_only=True)
         dropout = config.caption_dropout if split == "train" else 0.0
         dataset = get_train_dataset(
             config.path, split_part=split, worker_config=workers, batch_size=1,
