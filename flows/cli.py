@@ -217,7 +217,10 @@ def index(
 @app.command(rich_help_panel=STAGE_PANEL)
 def blend(
     shares: Annotated[
-        list[str], typer.Argument(metavar="DATASET=SHARE...", help="Name in the workspace, or output folder of index.")
+        list[str],
+        typer.Argument(
+            metavar="DATASET=SHARE...", help="Name in the workspace, or path of an output folder of index (with a /)."
+        ),
     ],
     name: Annotated[str, typer.Option("--name", help="Name of the blend.")],
     workspace: WorkspaceOption = WORKSPACE,
@@ -226,11 +229,15 @@ def blend(
     from tasks.layout import stage_folder
     from wan_core.data import blend as stage
 
+    PipelineConfig(name=name)  # checks it
     weights: dict[Path, float] = {}
     for text in shares:
-        dataset, equals, share = text.rpartition("=")
-        check(bool(equals) and bool(dataset), f"{text!r} is not DATASET=SHARE; write for example images=0.3")
-        folder = Path(dataset) if Path(dataset).is_dir() else None
+        dataset, _, share = text.rpartition("=")
+        check(
+            bool(dataset) and share.replace(".", "", 1).isdecimal(),
+            f"{text!r} is not DATASET=SHARE; write for example images=0.3",
+        )
+        folder = Path(dataset) if "/" in dataset else None
         record = given_or_newest(IndexRecord, "index", workspace, dataset, folder)
         check(record.path not in weights, f"{dataset} is named twice; name it once, with both shares")
         weights[record.path] = float(share)

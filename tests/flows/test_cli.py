@@ -36,6 +36,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} encode.fsp=8", "mean encode.fps?"),
         ("demo -w {workspace} --refresh shards", "names no stage; choose one of encode, shard"),
         ("shard --recipe wan_demo -w {workspace}", "has no finished output named demo; run `wan encode` first"),
+        ("blend images -w {workspace} --name mix", "'images' is not DATASET=SHARE; write for example images=0.3"),
+        ("blend images=0.3 -w {workspace} --name mix", "has no finished output named images; run `wan index` first"),
         ("ui -w {workspace}", "does not exist; run something in"),
     ],
 )
