@@ -11,9 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from wan_core.flow_matching import (
     FlowMatchingConfig,
     add_noise,
+    draw_sigmas,
     interpolate,
     shift_sigmas,
     sigmas_from_uniform,
+    stratified_seed,
     velocity,
 )
 
@@ -82,9 +84,32 @@ def test_uniform_share() -> None:
     assert abs(((sigmas - 0.5).abs() > 0.05).double().mean() - 0.25 * 0.9) < 0.01
 
 
+@pytest.mark.parametrize("first", [0, 10**9])
+def test_stratified_seeds_cover_every_batch_evenly(first: int) -> None:
+    """Of n consecutive samples the uniform levels leave no gap above 2 / n; independent draws leave one of log(n) / n.
+
+    So the mean noise level of a batch hardly varies: its deviation over batches is far below 1 / sqrt(12 n).
+    """
+    config, n = FlowMatchingConfig(shift=1.0), 64
+    seeds = torch.randint(2**62, (32 * n,), generator=torch.Generator().manual_seed(1)).tolist()
+    batches = draw_sigmas(config, [stratified_seed(s, first + i) for i, s in enumerate(seeds)]).view(32, n)
+    gaps = batches.sort(dim=1).values.diff(dim=1)
+    assert gaps.max() < 2 / n
+    assert batches.mean(1).std() < 0.3 * draw_sigmas(config, seeds).view(32, n).mean(1).std()
+
+
+def test_stratified_seeds_keep_density_and_noise_apart() -> None:
+    """Over the run the levels have the same density, and samples at one level still differ in their noise."""
+    config = FlowMatchingConfig(density="logit_normal", logit_std=1.5, shift=1.0)
+    logits = torch.logit(draw_sigmas(config, [stratified_seed(i * 7919, i) for i in range(20_000)]))
+    assert abs(logits.mean()) < 1e-2 and abs(logits.std() - 1.5) < 1e-2
+    one, other = (stratified_seed(seed, 5) for seed in (1, 2))
+    assert one != other and draw_sigmas(config, [one]) == draw_sigmas(config, [other])
+
+
 def test_noise_follows_the_seed_alone() -> None:
     latents, config = torch.randn(16, 2, 4, 4), FlowMatchingConfig()
-    first, again, other = (add_noise(config, latents, seed) for seed in (7, 7, 8))
+    first, again, other = (add_noise(config, latents, seed) for seed in (7 * 2**40 + 7, 7 * 2**40 + 7, 8 * 2**40 + 8))
     assert torch.equal(first.noisy_latents, again.noisy_latents) and first.sigma == again.sigma
     assert first.sigma != other.sigma and not torch.equal(first.velocity, other.velocity)
     torch.testing.assert_close(first.noisy_latents, latents + first.sigma * first.velocity)

@@ -232,6 +232,7 @@ class ConvertConfig:
     """Checkpoint to Diffusers folder."""
 
     iteration: int | None = None  # None: the latest
+    weights: Literal["model", "ema"] = "model"  # ema: their moving averages, of a run with optimizer.ema_decay
     dtype: Literal["float32", "bfloat16"] = "float32"
     __pydantic_config__ = STRICT
 

@@ -7,7 +7,9 @@ al., "Scaling Rectified Flow Transformers" (arXiv:2403.03206, sections 3.1 and 5
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from wan_core.config import STRICT, check
 
 NUM_TRAIN_TIMESTEPS = 1000  # timesteps = 1000 * sigma
+GOLDEN = 2654435769  # 2**32 / the golden ratio
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class FlowMatchingConfig:
     mode_scale: float = 1.29
     uniform_share: float = 0.0  # this share of samples is drawn uniformly whatever the density
     shift: float = 3.0
+    stratified: bool = False  # spread consecutive samples evenly over the noise levels, see `stratified_seed`
     weighting: Literal["none", "sigma_sqrt"] = "none"
     caption_dropout: float = 0.1  # share of samples trained on the empty caption; guidance needs it
     __pydantic_config__ = STRICT
@@ -94,14 +98,43 @@ class Noised:
     sigma: Tensor  # [] float32
 
 
+def stratified_seed(seed: int, number: int) -> int:
+    """A sample's seed whose noise level is low-variance: consecutive numbers spread evenly over all levels.
+
+    The level follows from the seed's upper 32 bits. Here these are the additive recurrence with the golden ratio,
+    whose every run of n terms leaves no gap above 1.9 / n on the circle: a global batch covers the levels whatever its
+    size and however its samples are packed. The lower 30 bits, of which the noise depends too, stay.
+
+    Args:
+        seed: in [0, 2**62).
+        number: the sample's turn in the run's order.
+    """
+    return (number * GOLDEN % 2**32) << 30 | seed % 2**30
+
+
+def draw_sigmas(config: FlowMatchingConfig, seeds: Sequence[int]) -> Tensor:
+    """Each sample's noise level, a function of its seed in [0, 2**62) alone: [n] float32 on the CPU."""
+    levels = torch.tensor([seed >> 30 for seed in seeds], dtype=torch.float64)
+    choices = torch.tensor([seed % 2**30 for seed in seeds], dtype=torch.float64)
+    return sigmas_from_uniform(config, (levels + 0.5) / 2**32, (choices + 0.5) / 2**30).float()
+
+
+def draw_noise(shapes: Sequence[torch.Size], seeds: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Standard normal noise of each shape, a function of the sample's seed alone; float32."""
+    ends = [0, *accumulate(shape.numel() for shape in shapes)]
+    flat = torch.empty(ends[-1], device=device)
+    generator = torch.Generator(device)
+    for begin, end, seed in zip(ends, ends[1:], seeds, strict=False):
+        flat[begin:end].normal_(generator=generator.manual_seed(seed))
+    return [part.view(shape) for part, shape in zip(flat.split(list(map(math.prod, shapes))), shapes, strict=True)]
+
+
 def add_noise(config: FlowMatchingConfig, latents: Tensor, seed: int) -> Noised:
     """Draw sigma and noise for latents [C, T, H, W] from a seed of the sample's own.
 
     The seed travels with the sample, so every layout of ranks, every pack and every resumed run draws the same.
     """
-    draws = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    sigma = sigmas_from_uniform(config, draws[:1], draws[1:])[0].float().to(latents.device)
-    generator = torch.Generator(latents.device).manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+    sigma = draw_sigmas(config, [seed])[0].to(latents.device)
+    (noise,) = draw_noise([latents.shape], [seed], latents.device)
     latents = latents.float()
     return Noised(interpolate(latents, noise, sigma), velocity(latents, noise), sigma)

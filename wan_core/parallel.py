@@ -31,6 +31,7 @@ class Parallel:
     tp_group: Group = None
     cp_group: Group = None
     dp_group: Group = None
+    pp_group: Group = None
     sequence_parallel: bool = False
 
     @classmethod
@@ -45,7 +46,7 @@ class Parallel:
             pp=state.get_pipeline_model_parallel_world_size(), pp_rank=state.get_pipeline_model_parallel_rank(),
             dp=state.get_data_parallel_world_size(), dp_rank=state.get_data_parallel_rank(),
             tp_group=state.get_tensor_model_parallel_group(), cp_group=state.get_context_parallel_group(),
-            dp_group=state.get_data_parallel_group(),
+            dp_group=state.get_data_parallel_group(), pp_group=state.get_pipeline_model_parallel_group(),
             sequence_parallel=sequence_parallel and state.get_tensor_model_parallel_world_size() > 1,
         )  # fmt: skip
 

@@ -39,15 +39,15 @@ class GridSize:
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """[C, T, H, W] -> [tokens, C * 4], features ordered (c, pt, ph, pw) as the patch embedding's Conv3d has them."""
+    """[..., C, T, H, W] -> [..., tokens, C * 4], features (c, pt, ph, pw) as the patch embedding's Conv3d has them."""
     pt, ph, pw = PATCH_SIZE
-    return rearrange(latents, "c (f pt) (h ph) (w pw) -> (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return rearrange(latents, "... c (f pt) (h ph) (w pw) -> ... (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def patchify_output(latents: Tensor) -> Tensor:
-    """[C, T, H, W] -> [tokens, 4 * C], features ordered (pt, ph, pw, c) as the model's head writes them."""
+    """[..., C, T, H, W] -> [..., tokens, 4 * C], features (pt, ph, pw, c) as the model's head writes them."""
     pt, ph, pw = PATCH_SIZE
-    return rearrange(latents, "c (f pt) (h ph) (w pw) -> (f h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
+    return rearrange(latents, "... c (f pt) (h ph) (w pw) -> ... (f h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(output: Tensor, grid: GridSize) -> Tensor:

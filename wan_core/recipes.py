@@ -21,7 +21,6 @@ from megatron.bridge.training.config import (
     DistributedDataParallelConfig,
     DistributedInitConfig,
     LoggerConfig,
-    OptimizerConfig,
     RNGConfig,
     SchedulerConfig,
     TrainingConfig,
@@ -33,18 +32,23 @@ from megatron.bridge.training.tokenizers.config import TokenizerConfig
 from wan_core.architecture import ARCHITECTURES, Architecture
 from wan_core.config import TrainConfig, check
 from wan_core.dataset import WanDatasetProvider
+from wan_core.ema import WanOptimizerConfig
 from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
+from wan_core.lora import LoraConfig
 from wan_core.model.provider import WanProvider
+from wan_core.training_samples import SamplesConfig
 
 RECIPES = Path(__file__).parent / "conf"
 
 
 @dataclass(kw_only=True)
 class WanConfigContainer(ConfigContainer):
-    """Bridge's container with the flow-matching section; all of it is stored in every checkpoint."""
+    """Bridge's container with the sections of our own; all of it is stored in every checkpoint."""
 
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
     def validate(self) -> None:
         """Bridge's checks, and those of packing.
@@ -55,6 +59,7 @@ class WanConfigContainer(ConfigContainer):
         size = self.train.micro_batch_size
         check(size == 1, f"train.micro_batch_size={size}, but a micro-batch is one pack; set it to 1")
         self.dataset.caption_dropout = self.flow_matching.caption_dropout
+        self.samples.finalize()
         super().validate()
 
 
@@ -109,6 +114,19 @@ def build(
     for key, value in given:
         apply_override(container, key, value)
     configure_fsdp(container, {key for key, _ in given})
+    if container.lora.dim:
+        check(
+            container.model.initial_weights is not None or container.checkpoint.pretrained_checkpoint is not None,
+            f"lora.dim={container.lora.dim} needs weights to adapt; give --training-mode finetune and --model, or "
+            "checkpoint.pretrained_checkpoint",
+        )
+        container.peft = container.lora.adapters()
+        container.checkpoint.pretrained_checkpoint = (
+            container.checkpoint.pretrained_checkpoint or container.model.initial_weights
+        )
+    for name in ("start_weight_decay", "end_weight_decay"):  # what Bridge's scheduler would put in its place
+        if getattr(container.scheduler, name) is None:
+            setattr(container.scheduler, name, container.optimizer.weight_decay)
     if container.scheduler.lr_decay_iters is None:
         container.scheduler.lr_decay_iters = container.train.train_iters
     return container
@@ -129,13 +147,13 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
             manual_gc=cuda, manual_gc_interval=100 if cuda else 0,
         ),
         validation=ValidationConfig(eval_iters=0, eval_interval=0),
-        optimizer=OptimizerConfig(
+        optimizer=WanOptimizerConfig(
             optimizer="adam", lr=1e-5, min_lr=0.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8,
             clip_grad=1.0, bf16=cuda, params_dtype=dtype, use_distributed_optimizer=True,
         ),
         scheduler=SchedulerConfig(
-            lr_decay_style="cosine", lr_warmup_iters=0, lr_warmup_init=0.0, start_weight_decay=0.01,
-            end_weight_decay=0.01, weight_decay_incr_style="constant", override_opt_param_scheduler=True,
+            lr_decay_style="cosine", lr_warmup_iters=0, lr_warmup_init=0.0, weight_decay_incr_style="constant",
+            override_opt_param_scheduler=True,
         ),
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=cuda,

@@ -10,7 +10,7 @@ import argparse
 import gc
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from wan_core.config import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, SampleConfi
 from wan_core.digests import cached_file_digest, encoder_identity
 from wan_core.encode.text import load_text_encoder
 from wan_core.encode.vae import load_vae
-from wan_core.encode.video import write_video
 from wan_core.packing import Packing, pack_text
 from wan_core.patch import GridSize, patchify, unpatchify
 from wan_core.records import SampleRecord, find_record, fingerprint, writing
@@ -53,6 +52,8 @@ def run(config: SampleConfig, model: Path, output_dir: Path, device: str | None 
     wanted = stage_fingerprint(config, model)
     if found := find_record(SampleRecord, output_dir, wanted):
         return found
+    from wan_core.encode.video import write_video  # PyAV, which a run's own samples do without
+
     with writing("sample", output_dir, config, wanted) as output:
         videos = []
         for number, frames in sample_videos(config, model, None, _device(device)):
@@ -91,17 +92,21 @@ def sample_videos(
         channels = transformer.config.out_channels
         with tqdm(total=len(batches) * config.num_steps, desc="sample", unit="step", disable=None) as bar:
             for batch in batches:
-                noise = torch.stack([_noise((channels, *shape), config.seed + i) for i in batch]).to(device)
-                latents += denoise(config, transformer, noise, [pairs[i] for i in batch], model, bar).unbind()
+                noise = torch.stack([initial_noise((channels, *shape), config.seed + i) for i in batch]).to(device)
+                latents += denoise(config, transformer, noise, [pairs[i] for i in batch], model, bar.update).unbind()
     gc.collect()
     vae = load_vae(model, "float32", device)
     for number, sample in enumerate(latents):
-        video = vae.decode(sample.unsqueeze(0))[0]  # [3, T, H, W] in [-1, 1]
-        pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        yield number, pixels.permute(1, 2, 3, 0).cpu().numpy()
+        yield number, to_frames(vae.decode(sample.unsqueeze(0))[0])
 
 
-def _noise(shape: Sequence[int], seed: int) -> Tensor:
+def to_frames(video: Tensor) -> Any:
+    """[3, T, H, W] in [-1, 1] to uint8 [T, H, W, 3]."""
+    pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+
+def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
     """float32 noise of a seed's own generator, drawn on the CPU: the same on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
@@ -116,11 +121,19 @@ def encode_prompts(config: SampleConfig, model: Path, device: torch.device) -> l
 
 @torch.no_grad()
 def denoise(
-    config: SampleConfig, transformer: Any, noise: Tensor, texts: Sequence[TextPair], model: Path, bar: Any
+    config: SampleConfig,
+    transformer: Any,
+    noise: Tensor,
+    texts: Sequence[TextPair],
+    model: Path,
+    progress: Callable[[], Any] = lambda: None,
 ) -> Tensor:
     """Noise [n, C, T, H, W] to latents of the same shape, float32.
 
     Prompts and their negatives are packed into one sequence: one forward a step.
+
+    Args:
+        progress: called after each step.
     """
     from diffusers import UniPCMultistepScheduler
 
@@ -140,7 +153,7 @@ def denoise(
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + config.guidance_scale * (conditional - unconditional)
         latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-        bar.update()
+        progress()
     return latents
 
 
@@ -206,6 +219,8 @@ def main() -> None:
 
             checkpoint = iteration_dir(args.checkpoint_dir, args.checkpoint_step)
             check_task(args.task, read_architecture(checkpoint))
+        from wan_core.encode.video import write_video
+
         args.output_dir.mkdir(parents=True, exist_ok=True)
         for size in args.sizes:
             for num_frames in args.frame_nums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from wan_core.config import TEXT_LENGTH
 from wan_core.data.batch import Pack
-from wan_core.flow_matching import NUM_TRAIN_TIMESTEPS, FlowMatchingConfig, add_noise, loss_weights
+from wan_core.flow_matching import (
+    NUM_TRAIN_TIMESTEPS,
+    FlowMatchingConfig,
+    draw_noise,
+    draw_sigmas,
+    interpolate,
+    loss_weights,
+    velocity,
+)
 from wan_core.packing import Packing, pack_text
 from wan_core.parallel import Parallel
 from wan_core.patch import GridSize, patchify, patchify_output
@@ -37,14 +46,12 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
 
     Every rank draws the whole pack's noise, each sample's from its own seed: that costs less than sending it.
     """
-    latents = [sample.to(device, non_blocking=True) for sample in pack.latents]
-    noised = [add_noise(config, sample, seed) for sample, seed in zip(latents, pack.seeds, strict=True)]
-    whole = Packing.of([GridSize.of(sample) for sample in latents], pack.text_embeds, parallel.sequence_ranks)
+    sigmas = draw_sigmas(config, pack.seeds).to(device, non_blocking=True)
+    grids = [GridSize.of(sample) for sample in pack.latents]
+    whole = Packing.of(grids, pack.text_embeds, parallel.sequence_ranks)
     packing = whole.part(parallel.cp_rank, parallel.cp)
     padding = (0, 0, 0, whole.num_tokens - whole.num_real_tokens)
-    patches = F.pad(torch.cat([patchify(n.noisy_latents) for n in noised]), padding)
-    target = F.pad(torch.cat([patchify_output(n.velocity) for n in noised]), padding)
-    sigmas = torch.stack([n.sigma for n in noised])
+    patches, target = (F.pad(tokens, padding) for tokens in _noised(pack, sigmas, device))
     return StepInputs(
         patches=patches[packing.start : packing.stop], target=target[packing.start : packing.stop],
         timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS,
@@ -54,19 +61,40 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
     )  # fmt: skip
 
 
-def token_losses(inputs: StepInputs, velocity: Tensor) -> Tensor:
+def _noised(pack: Pack, sigmas: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Noisy patches and target velocities of a pack's samples in order, [tokens, 4 * C] float32 each.
+
+    Samples of equal shape are worked on together: a pack may hold hundreds of small ones, and each operation is a
+    launch.
+    """
+    shapes = [sample.shape for sample in pack.latents]
+    latents = torch.cat([sample.flatten() for sample in pack.latents]).to(device, non_blocking=True).float()
+    samples = [part.view(shape) for part, shape in zip(latents.split([s.numel() for s in shapes]), shapes, strict=True)]
+    noise = draw_noise(shapes, pack.seeds, device)
+    tokens: dict[int, tuple[Tensor, Tensor]] = {}
+    for shape in dict.fromkeys(shapes):
+        alike = [index for index, other in enumerate(shapes) if other == shape]
+        clean, drawn = (torch.stack([tensors[index] for index in alike]) for tensors in (samples, noise))
+        sigma = sigmas[torch.tensor(alike).to(device, non_blocking=True)].view(-1, 1, 1, 1, 1)
+        patches = patchify(interpolate(clean, drawn, sigma)), patchify_output(velocity(clean, drawn))
+        tokens |= zip(alike, zip(*patches, strict=True), strict=True)
+    noisy, target = zip(*(tokens[index] for index in range(len(shapes))), strict=True)
+    return torch.cat(noisy), torch.cat(target)
+
+
+def token_losses(inputs: StepInputs, predicted: Tensor) -> Tensor:
     """Squared error per token, averaged over its features, 0 for padding: [local tokens] float32."""
-    errors = (velocity.float() - inputs.target).square().mean(-1)
+    errors = (predicted.float() - inputs.target).square().mean(-1)
     return errors * inputs.token_weights * inputs.loss_mask
 
 
-def reduce_loss(inputs: StepInputs, velocity: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def reduce_loss(inputs: StepInputs, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's loss triple: sum, number of real tokens, and what is averaged over the global batch for the log.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    loss = token_losses(inputs, velocity).sum()
+    loss = token_losses(inputs, predicted).sum()
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {loss.item()} in a pack of grids {inputs.packing.grids} at timesteps "
@@ -89,14 +117,18 @@ class WanStep:
 
     def __init__(self, flow_matching: FlowMatchingConfig) -> None:
         self.flow_matching = flow_matching
+        self.data_seconds = 0.0  # spent waiting for packs, until somebody resets it
 
     def __call__(self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Any:
         """Returns the model's output and the function that turns it into the loss."""
         assert not return_schedule_plan, "overlapped MoE schedules have no meaning here"
-        inputs, velocity = forward(next(data_iterator), model, self.flow_matching)
+        begin = time.perf_counter()
+        pack = next(data_iterator)
+        self.data_seconds += time.perf_counter() - begin
+        inputs, predicted = forward(pack, model, self.flow_matching)
         if model.training:
             count_flops(state, inputs.packing)
-        return velocity, partial(reduce_loss, inputs)
+        return predicted, partial(reduce_loss, inputs)
 
 
 def forward(pack: Pack, model: Any, config: FlowMatchingConfig) -> tuple[StepInputs, Tensor]:

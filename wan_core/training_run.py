@@ -42,6 +42,9 @@ class Metrics:
     consumed_samples: int  # clips since the run began
     packing_efficiency: float  # real tokens / tokens of the packs' budget
     peak_memory_gib: float  # of this rank's GPU, since the run began
+    tokens_per_second_per_rank: float = 0.0
+    mfu: float | None = None  # tflops_per_rank / the GPU's bfloat16 peak; None where that is not known
+    data_wait_share: float = 0.0  # of the time, this rank waited for packs
 
 
 def model_identity(model: Path, mode: str) -> str:
@@ -60,6 +63,11 @@ def run_identity(config: TrainConfig, dataset: Path, model: Path) -> dict[str, A
         "dataset": load_record(IndexRecord, dataset).fingerprint,
         "model": model_identity(model, config.mode),
     }
+
+
+def noise_identity(flow_matching: Any) -> dict[str, Any]:
+    """How noise levels are drawn, field by field, whichever of mode, recipe, file or override set them."""
+    return {f"flow_matching.{name}": value for name, value in identity(flow_matching).items()}
 
 
 def fingerprints(config: TrainConfig, dataset: Path, model: Path) -> tuple[str, str]:
@@ -96,10 +104,10 @@ def claim(run_dir: Path, wanted: dict[str, Any]) -> None:
         path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    for key in wanted:
+    for key in (key for key in wanted if key in found):
         check(
-            found.get(key) == wanted[key],
-            f"{run_dir} was started with {key}={found.get(key)!r}, now it is {wanted[key]!r}; "
+            found[key] == wanted[key],
+            f"{run_dir} was started with {key}={found[key]!r}, now it is {wanted[key]!r}; "
             "resume with the same value, or choose another run folder",
         )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -63,31 +65,73 @@ def read_architecture(folder: Path) -> Architecture:
     )  # fmt: skip
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every model parameter of a checkpoint, whole, on the CPU, in the dtype that was trained.
+EMA = "optimizer.state.ema."  # prefix of the averages' names
 
-    Raises:
-        ValueError: parameters are missing.
-    """
-    import torch.distributed.checkpoint as dcp  # takes seconds; a cached run needs none of it
+
+def tensor_names(folder: Path) -> list[str]:
+    """Names of all tensors of a checkpoint: the model's own, and the optimizer's behind `optimizer.state.<kind>.`."""
+    return list(_keys(folder))
+
+
+def _keys(folder: Path) -> dict[str, str]:
+    """torch_dist's names of a checkpoint's tensors, and under which key each one is stored."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    names, keys, dtype = parameter_names(read_architecture(folder)), {name: name for name in entries}, None
+    keys = [key for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)]
+    if checkpoint_format(folder) == "torch_dist":
+        return {key: key for key in keys}
+    names = {}
+    for key in keys:
+        if key.startswith("model."):
+            names[without_wrappers(key.removeprefix("model."))] = key
+        elif key.startswith("optimizer.state."):
+            name, _, kind = key.removeprefix("optimizer.state.").rpartition(".")
+            names[f"optimizer.state.{kind}.{without_wrappers(name)}"] = key
+    return names
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name, whole, on the CPU; the model's in the dtype that was trained."""
+    import torch.distributed.checkpoint as dcp  # takes seconds; a cached run needs none of it
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries, keys, dtype = FileSystemReader(folder).read_metadata().state_dict_metadata, _keys(folder), None
     if checkpoint_format(folder) == "fsdp_dtensor":  # which holds master weights in float32
-        keys = {without_wrappers(key.removeprefix("model.")): key for key in entries if key.startswith("model.")}
         dtype = _trained_dtype(folder)
-    missing = sorted(names - keys.keys())
-    check(not missing, f"{folder} lacks {missing[:3]} ({len(missing)} in all); it is not a WAN checkpoint")
     state: dict[str, Tensor] = {}
-    for name in sorted(names):
+    for name in sorted(set(names)):
         entry = entries[keys[name]]
         assert isinstance(entry, TensorStorageMetadata), name
         saved = entry.properties.dtype
-        state[keys[name]] = torch.empty(entry.size, dtype=saved if stays_float32(name) else dtype or saved)
+        own = stays_float32(name) or name.startswith("optimizer.")
+        state[keys[name]] = torch.empty(entry.size, dtype=saved if own else dtype or saved)
     dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-    return {name: state[keys[name]] for name in sorted(names)}
+    return {name: state[keys[name]] for name in sorted(set(names))}
+
+
+def read_weights(folder: Path, weights: Literal["model", "ema"] = "model") -> dict[str, Tensor]:
+    """Every model parameter of a checkpoint, whole, on the CPU, in the dtype that was trained, or its float32 average.
+
+    Of a parameter that was frozen, both are the same.
+
+    Raises:
+        ValueError: parameters are missing, or the checkpoint holds no averages.
+    """
+    names, found = parameter_names(read_architecture(folder)), set(tensor_names(folder))
+    missing = sorted(names - found)
+    check(not missing, f"{folder} lacks {missing[:3]} ({len(missing)} in all); it is not a WAN checkpoint")
+    if weights == "model":
+        return read_tensors(folder, names)
+    chosen = {name: EMA + name if EMA + name in found else name for name in names}
+    check(
+        any(name.startswith(EMA) for name in chosen.values()),
+        f"{folder} holds no averaged weights; train with optimizer.ema_decay, or export weights=model",
+    )
+    tensors = read_tensors(folder, chosen.values())
+    return {name: tensors[source] for name, source in chosen.items()}
 
 
 def _trained_dtype(folder: Path) -> torch.dtype:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from wan_core.config import check
 from wan_core.convert.checkpoint import checkpoint_format, has_checkpoint, iteration_dir, without_wrappers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "ema")
 WRAPPERS = tuple("module." * count for count in range(4))
 COMMON = "common_state/shard_0_1"  # torch_dist's numbers that are not tensors
 OWN = (".metadata", "metadata.json", "run_config.yaml")  # files that a view has instead of the checkpoint's

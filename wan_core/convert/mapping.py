@@ -67,6 +67,11 @@ def stays_float32(name: str) -> bool:
     return name.startswith("time_embedding.") or "modulation" in name or "cross_norm." in name
 
 
+def modules_of(layer: str, architecture: Architecture) -> tuple[str, ...]:
+    """Diffusers' modules behind one of our linear layers, in the order in which a fused one interleaves them."""
+    return tuple(name.removesuffix(".weight") for name in _pairs(architecture)[f"{layer}.weight"])
+
+
 def parameter_names(architecture: Architecture) -> set[str]:
     """Our names of all parameters."""
     return set(_pairs(architecture))

@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wan_core.architecture import Architecture
 from wan_core.config import ConvertConfig, check
-from wan_core.convert.checkpoint import iteration_dir, read_architecture, read_weights
-from wan_core.convert.mapping import to_diffusers
-from wan_core.convert.weights import save_transformer
+from wan_core.convert.adapters import holds_adapters, merged_weights
+from wan_core.convert.checkpoint import EMA, iteration_dir, read_architecture, read_weights
+from wan_core.convert.mapping import from_diffusers, to_diffusers
+from wan_core.convert.weights import DiffusersWeights, save_transformer
 from wan_core.digests import encoder_identity
 from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint, writing
 
@@ -36,21 +38,32 @@ def run(config: ConvertConfig, trained: TrainRecord, model: Path, output_dir: Pa
         return found
     with writing("convert", output_dir, config, wanted) as output:
         folder = iteration_dir(trained.path / "checkpoints", config.iteration)
-        num_tensors = export(folder, model, output.path, getattr(torch, config.dtype))
+        num_tensors = export(folder, model, output.path, getattr(torch, config.dtype), config.weights)
         iteration = int(folder.name.removeprefix("iter_"))
         return output.finish(ConvertRecord, iteration=iteration, num_tensors=num_tensors)
 
 
-def export(checkpoint: Path, model: Path, output_dir: Path, dtype: torch.dtype | None = None) -> int:
-    """Write a Diffusers folder from a checkpoint's iteration folder; dtype None keeps every tensor's own.
+def export(
+    checkpoint: Path, model: Path, output_dir: Path, dtype: torch.dtype | None = None,
+    weights: Literal["model", "ema"] = "model",
+) -> int:  # fmt: skip
+    """Write a Diffusers folder from a checkpoint's iteration folder; adapters are merged into `model`'s weights.
+
+    Args:
+        dtype: None keeps every tensor's own.
+        weights: the model's, or their moving averages.
 
     Returns:
         The number of transformer tensors.
     """
     check_reference(model)
     architecture = read_architecture(checkpoint)
-    weights = to_diffusers(read_weights(checkpoint), architecture)
-    return write_folder(weights, architecture, model, output_dir, dtype)
+    if holds_adapters(checkpoint):
+        base = dict(from_diffusers(DiffusersWeights(model), architecture))
+        state = merged_weights(checkpoint, base, architecture, EMA if weights == "ema" else "")
+    else:
+        state = to_diffusers(read_weights(checkpoint, weights), architecture)
+    return write_folder(state, architecture, model, output_dir, dtype)
 
 
 def check_reference(model: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.energon import Sample, edataclass
 from torch import Tensor
@@ -29,6 +31,15 @@ class Pack(Sample):
     text_embeds: list[Tensor]  # [n <= 512, text_dim] each
     seeds: list[int]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Lists of tensors as one tensor each: a worker process hands each tensor over by a file descriptor."""
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return state | {name: _flat(state[name]) for name in ("latents", "text_embeds")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, _parts(*value) if name in ("latents", "text_embeds") else value)
+
     @classmethod
     def of(cls, samples: list[TrainingSample]) -> Pack:
         """Pack samples in order."""
@@ -36,6 +47,14 @@ class Pack(Sample):
             samples[0], latents=[s.latents for s in samples], text_embeds=[s.text_embeds for s in samples],
             seeds=[s.seed for s in samples],
         )  # fmt: skip
+
+
+def _flat(tensors: list[Tensor]) -> tuple[list[torch.Size], Tensor]:
+    return [tensor.shape for tensor in tensors], torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _parts(shapes: list[torch.Size], flat: Tensor) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
 
 
 def random_seed(generator: torch.Generator | None = None) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from wan_core.config import check
-from wan_core.demo.videos import COLOURS, DIRECTIONS, SHAPES
+from wan_core.demo.videos import COLOURS, DIRECTIONS, PALETTE, SHAPES
 
 MIN_CONTRAST = 40.0  # 0 to 255: what differs less from the background is no shape
 MIN_AREA = 16.0  # pixels
@@ -34,7 +35,7 @@ def parse_caption(text: str) -> Seen:
     """
     words = text.lower().replace(",", " ").replace(".", " ").split()
     found = {}
-    for kind, known in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("direction", tuple(DIRECTIONS))):
+    for kind, known in (("colour", tuple(PALETTE)), ("shape", SHAPES), ("direction", tuple(DIRECTIONS))):
         match = [word for word in words if word in known]
         check(
             bool(match),
@@ -45,7 +46,7 @@ def parse_caption(text: str) -> Seen:
     return Seen(**found)
 
 
-def check_clip(frames: np.ndarray) -> Seen:
+def check_clip(frames: np.ndarray, colours: Collection[str] = tuple(COLOURS)) -> Seen:
     """Read a clip.
 
     The background is the median colour of the border; the foreground is the largest connected region that differs from
@@ -53,6 +54,7 @@ def check_clip(frames: np.ndarray) -> Seen:
 
     Args:
         frames: uint8 [T, H, W, 3].
+        colours: names in `PALETTE` to choose from.
     """
     assert frames.ndim == 4 and frames.shape[-1] == 3, f"frames are {frames.shape}, not [T, H, W, 3]"
     masks, pixels = _foreground(frames.astype(np.float32))
@@ -64,7 +66,7 @@ def check_clip(frames: np.ndarray) -> Seen:
     y, x = np.mgrid[0 : masks.shape[1], 0 : masks.shape[2]].astype(np.float32)
     centres = np.stack([(masks * y).sum(axis=(1, 2)), (masks * x).sum(axis=(1, 2))], axis=1) / areas[:, None]
     mean = (pixels * masks[..., None]).sum(axis=(0, 1, 2)) / areas.sum()
-    return Seen(_colour(mean), _shape(masks, areas, centres), _direction(centres))
+    return Seen(_colour(mean, colours), _shape(masks, areas, centres), _direction(centres))
 
 
 def _foreground(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -96,17 +98,17 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     return (labels == counts.argmax()) & mask
 
 
-def _colour(mean: np.ndarray) -> str:
+def _colour(mean: np.ndarray, colours: Collection[str]) -> str:
     """The known colour of nearest hue, or white where there is hardly any."""
     hue, saturation, _ = colorsys.rgb_to_hsv(*np.clip(mean / 255, 0, 1))
     if saturation < MAX_WHITE_SATURATION:
         return "white"
 
     def distance(name: str) -> float:
-        apart = abs(hue - colorsys.rgb_to_hsv(*(value / 255 for value in COLOURS[name]))[0])
+        apart = abs(hue - colorsys.rgb_to_hsv(*(value / 255 for value in PALETTE[name]))[0])
         return min(apart, 1 - apart)
 
-    return min((name for name in COLOURS if name != "white"), key=distance)
+    return min((name for name in colours if name != "white"), key=distance)
 
 
 def _shape(masks: np.ndarray, areas: np.ndarray, centres: np.ndarray) -> str:

@@ -20,6 +20,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "yellow": (240, 210, 45),
     "white": (238, 238, 238),
 }
+NEW_COLOURS: dict[str, tuple[int, int, int]] = {"orange": (240, 130, 35)}  # in no demo clip; finetuning adds it
+PALETTE = COLOURS | NEW_COLOURS
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
 # Combinations that no clip shows: prompts for them ask the trained model to compose what it saw apart.
@@ -76,7 +78,7 @@ class ShapeScene:
     slope: float = 0.0  # brightness that the background gains from top to bottom
 
     def __post_init__(self) -> None:
-        check(self.colour in COLOURS, f"colour={self.colour!r} is unknown; choose one of {', '.join(COLOURS)}")
+        check(self.colour in PALETTE, f"colour={self.colour!r} is unknown; choose one of {', '.join(PALETTE)}")
         check(self.shape in SHAPES, f"shape={self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
         check(
             self.direction in DIRECTIONS,
@@ -135,7 +137,7 @@ def render(scene: ShapeScene) -> np.ndarray:
     inside = coverage(scene.shape, y - (y0 + along * (y1 - y0)), x - (x0 + along * (x1 - x0)), scene.radius)[..., None]
     tilt = scene.slope * (y / scene.height - 0.5)
     ground = np.asarray(scene.background, np.float32) + tilt[..., None]
-    colour = np.asarray(COLOURS[scene.colour], np.float32) * scene.brightness
+    colour = np.asarray(PALETTE[scene.colour], np.float32) * scene.brightness
     return np.clip(ground * (1 - inside) + colour * inside + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -164,6 +166,16 @@ def training_scenes(count: int, seed: int = 0) -> list[ShapeScene]:
     return [random_scene(rng, combination) for combination in combinations]
 
 
+def write_clips(folder: Path, scenes: list[ShapeScene]) -> None:
+    """Write `clip_<number>.mp4` (H.264) with its caption beside it for every scene."""
+    from wan_core.encode.video import write_video
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        write_video(folder / f"clip_{number:03d}.mp4", render(scene), FPS)
+        (folder / f"clip_{number:03d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+
+
 def make_videos(folder: Path, seed: int = 0, count: int = 208) -> None:
     """Write a demo set: `count` good H.264 clips with a caption beside each, and three broken ones.
 
@@ -175,11 +187,8 @@ def make_videos(folder: Path, seed: int = 0, count: int = 208) -> None:
     """
     from wan_core.encode.video import write_video  # PyAV, which rendering does without
 
-    folder.mkdir(parents=True, exist_ok=True)
     scenes = training_scenes(count + 3, seed)
-    for number, scene in enumerate(scenes[:count]):
-        write_video(folder / f"clip_{number:03d}.mp4", render(scene), FPS)
-        (folder / f"clip_{number:03d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
+    write_clips(folder, scenes[:count])
     truncated, short, captionless = scenes[count:]
     write_video(folder / "broken_truncated.mp4", render(truncated), FPS)
     whole = (folder / "broken_truncated.mp4").read_bytes()

@@ -1,4 +1,4 @@
-"""Variable-length attention: FlashAttention 4 or Transformer Engine on GPUs, torch's SDPA per segment elsewhere."""
+"""Variable-length attention: FlashAttention 4 or cuDNN on GPUs, torch's SDPA per segment elsewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from wan_core.packing import Segments
 
 Backend = Literal["flash_attention_4", "cudnn", "sdpa"]
+SHORT = 1024  # mean queries per segment; below it, launches and repeated keys cost more than the attention
 
 
 @cache
@@ -37,6 +38,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     """
     if attention_backend() == "sdpa":
         return _batched_attention(q, k, v, segments)
+    if q.shape[0] < SHORT * len(segments.q_lengths) and q.dtype in (torch.bfloat16, torch.float16):
+        return _short_attention(q, k, v, segments)
     k, v, segments = _repeated(k, segments), _repeated(v, segments), _whole(segments)
     if attention_backend() == "flash_attention_4" and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(q, k, v, segments)
@@ -116,6 +119,43 @@ def _whole(segments: Segments) -> Segments:
     counts = segments.last_key_counts or (1,) * len(segments.k_lengths)
     return Segments(
         segments.q_lengths, tuple(n + count - 1 for n, count in zip(segments.k_lengths, counts, strict=True))
+    )
+
+
+def _short_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """One launch for many short segments: torch's variable-length FlashAttention 2, which knows no bias of a score.
+
+    Keys that count more than once get theirs through features that queries have as ones, see `_with_counts`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    dim = q.shape[-1]
+    q, k, v = _with_counts(q, k, v, segments)
+    cu_q, cu_k = segments.cu_seqlens(q.device)
+    out = varlen_attn(q, k, v, cu_q, cu_k, max(segments.q_lengths), max(segments.k_lengths), scale=dim**-0.5)
+    assert isinstance(out, Tensor)  # it returns more where it is asked for more
+    return out[..., :dim].contiguous()
+
+
+def _with_counts(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [tokens, heads, d] with 8 more features, if any key counts n > 1 times.
+
+    Attention at the scale of d ** -0.5 then raises that key's score by log n: the query's features are 1, the key's
+    are log(n) * d ** 0.5 in two parts, which together have twice the digits of q's dtype.
+    """
+    if segments.last_key_counts is None:
+        return q, k, v
+    last = torch.tensor(segments.k_lengths).cumsum(0) - 1
+    bias = torch.zeros(k.shape[0])
+    bias[last] = torch.tensor(segments.last_key_counts, dtype=torch.float32).log() * q.shape[-1] ** 0.5
+    bias = bias.to(q.device, non_blocking=True)
+    high = bias.to(q.dtype)
+    pair = torch.stack((high, (bias - high.float()).to(q.dtype)), dim=-1)[:, None]  # [keys, 1, 2]
+    ones = q.new_ones(1, 1, 2).expand(q.shape[0], q.shape[1], 2)
+    return (
+        torch.cat((q, F.pad(ones, (0, 6))), dim=-1),
+        torch.cat((k, F.pad(pair.expand(-1, k.shape[1], -1), (0, 6))), dim=-1),
+        F.pad(v, (0, 8)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 from wan_core import fsdp
 from wan_core.architecture import Architecture
 from wan_core.config import TEXT_LENGTH, check
+from wan_core.convert.mapping import parameter_names
 from wan_core.convert.weights import load_into
 from wan_core.model.config import WanTransformerConfig, architecture_fields
 from wan_core.model.model import WanModel
@@ -21,6 +23,7 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
     """WanTransformerConfig whose checks wait for `finalize`, so that overrides may change fields first."""
 
     initial_weights: str | None = None  # a Diffusers folder; None: random weights from init_seed
+    freeze: tuple[str, ...] = ()  # patterns of names of parameters that are not trained, as layers.0.*
     seq_length: int = 4096  # Bridge checks that it divides by 2 cp (see finalize); packs have their own lengths
     vocab_size: int = 1  # Bridge builds a tokenizer for every model; nothing reads it
     should_pad_vocab: bool = False
@@ -61,7 +64,19 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
             model.initialize(self.init_seed)
         else:
             load_into(model, Path(self.initial_weights))
+        self._freeze(model)
         return model
+
+    def _freeze(self, model: WanModel) -> None:
+        for pattern in self.freeze:
+            check(
+                bool(fnmatch.filter(parameter_names(self.architecture), pattern)),
+                f"model.freeze holds {pattern!r}, which no parameter's name matches; names are such as "
+                "layers.0.self_attention.linear_qkv.weight, text_embedding.linear_1.bias, head.modulation",
+            )
+        for name, parameter in model.named_parameters():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.freeze):
+                parameter.requires_grad_(False)
 
     def _get_num_floating_point_operations_with_runtime_stats(
         self, batch_size: int, seqlen_sum: int | None, seqlen_squared_sum: int | None,

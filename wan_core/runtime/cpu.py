@@ -36,10 +36,14 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling megatron's small fusions takes 20 s and gains nothing
     warnings.filterwarnings("ignore", module="megatron|modelopt")  # a page about absent GPU packages
     import megatron.core.extensions.transformer_engine
+    import peft  # noqa: F401  (asks which GPU packages there are, and must not see the placeholders)
 
     with _placeholders():
+        import megatron.bridge.peft.dora
+        import megatron.bridge.peft.lora
         import megatron.bridge.training.config
-        import megatron.bridge.training.pretrain  # noqa: F401
+        import megatron.bridge.training.pretrain
+    megatron.bridge.peft.utils.HAVE_TE = False  # megatron's own placeholders for its layers are no types
     _answer_cuda_calls()
     _send_to_cpu()
     _adapt_megatron()

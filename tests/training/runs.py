@@ -1,0 +1,80 @@
+"""Several small training runs one after the other in this process: importing Megatron is what takes time.
+
+    python -m tests.training.runs OUT
+
+Light at the top, because Megatron's checkpoint writers are spawned processes that import the main module anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+PROMPTS = "[a red circle moving left, a blue square moving up, a green circle]"
+SETTINGS = (
+    "dataset.mock_shapes=[3x4x4,2x4x6,1x4x4]", "dataset.tokens_per_pack=64", "logger.log_interval=1",
+    "optimizer.lr=1e-2", "scheduler.lr_decay_style=constant", "scheduler.lr_warmup_iters=0", "dataset.num_workers=0",
+)  # fmt: skip
+AVERAGED = (*SETTINGS, "optimizer.ema_decay=0.9")
+SAMPLED = (
+    "samples.interval=2", f"samples.prompts={PROMPTS}", "samples.height=32", "samples.width=32", "samples.num_frames=5",
+    "samples.num_steps=2", "samples.negative_prompt=a",
+)  # fmt: skip
+ADAPTED = (*SETTINGS, "lora.dim=4", "lora.alpha=8")
+
+
+def main(out: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from tests.tiny import make_tiny_model
+
+    model = make_tiny_model(out / "model")
+    train(out / "plain", model, (*AVERAGED, "train.train_iters=4", "checkpoint.save_interval=1"))
+    train(out / "sampled", model, (*AVERAGED, *SAMPLED, "train.train_iters=4", "checkpoint.save_interval=4"))
+    cut_off(out / "plain", out / "resumed", 2)
+    train(out / "resumed", model, (*AVERAGED, "train.train_iters=4", "checkpoint.save_interval=4"))
+    train(out / "lora", model, (*ADAPTED, "train.train_iters=4", "checkpoint.save_interval=2"))
+    cut_off(out / "lora", out / "lora-resumed", 2)
+    train(out / "lora-resumed", model, (*ADAPTED, "train.train_iters=4", "checkpoint.save_interval=4"))
+    train(out / "dora", model, (*ADAPTED, "lora.magnitude=true", "train.train_iters=2", "checkpoint.save_interval=2"))
+    frozen = ("model.freeze=[layers.0.*, text_embedding.*]", "optimizer.weight_decay=100.0", "optimizer.lr=1e-3")
+    train(out / "frozen", model, (*SETTINGS, *frozen, "train.train_iters=2", "checkpoint.save_interval=2"))
+
+
+def train(run_dir: Path, model: Path, overrides: tuple[str, ...]) -> None:
+    """One run, in process groups of its own."""
+    import torch
+    import torch.distributed as dist
+
+    from wan_core.config import TrainConfig
+    from wan_core.runtime import cpu
+
+    cpu.install()
+    from wan_core.training import run
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        run(TrainConfig("wan_demo", "finetune", overrides), model, None, run_dir, None, mock=True)
+    finally:
+        dist.destroy_process_group()
+
+
+def cut_off(source: Path, target: Path, iteration: int) -> None:
+    """A run that was stopped after a checkpoint: a copy of another one without what came later."""
+    shutil.copytree(source, target)
+    (target / "metrics.jsonl").unlink()
+    for folder in (target / "checkpoints").glob("iter_*"):
+        if int(folder.name.removeprefix("iter_")) > iteration:
+            shutil.rmtree(folder)
+    folder = target / "checkpoints" / f"iter_{iteration:07d}"
+    (target / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    shutil.copyfile(folder / "train_state.pt", target / "checkpoints" / "latest_train_state.pt")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(Path(sys.argv[1]))
