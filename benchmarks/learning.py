@@ -100,6 +100,7 @@ def train(data: Path, out: Path, minutes: float, interval: int, overrides: list[
     run(data, data / "model", "shapes", out, "train", "pretrain", minutes, interval, prompts, settings)
     source, target = f"--megatron-path={out / 'train' / 'checkpoints'}", f"--hf-path={out / 'model'}"
     command = [sys.executable, "-m", "wan_core.convert", "export", f"--hf-model={data / 'model'}", source, target]
+    shutil.rmtree(out / "model", ignore_errors=True)  # of an earlier run
     subprocess.run([*command, "--ema"], check=True)
 
 

@@ -123,7 +123,7 @@ def to_diffusers(weights: Mapping[str, Tensor], architecture: Architecture) -> d
         weight = weights[ours]
         if len(theirs) > 1:
             parts = weight.unflatten(0, (heads, len(theirs), architecture.head_dim)).unbind(1)
-            result |= {name: part.flatten(0, 1) for name, part in zip(theirs, parts, strict=True)}
+            result |= {name: torch.cat(part.unbind()) for name, part in zip(theirs, parts, strict=True)}  # no views
         elif ours == "patch_embedding.weight":
             result[theirs[0]] = weight.unflatten(1, (architecture.in_channels, *PATCH_SIZE))
         else:
