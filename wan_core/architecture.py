@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wan_core.config import PATCH_SIZE, TEXT_LENGTH, check
+from wan_core.config import IMAGE_LENGTH, PATCH_SIZE, TEXT_LENGTH, check
 
 ROPE_POSITIONS = 1024  # per axis
 
@@ -25,6 +25,7 @@ class Architecture:
     text_dim: int = 4096
     freq_dim: int = 256
     eps: float = 1e-6
+    image_dim: int = 0  # of the image embeddings of an image-to-video model; 0: text-to-video
 
     def __post_init__(self) -> None:
         heads, hidden = self.num_attention_heads, self.hidden_size
@@ -65,16 +66,23 @@ class Architecture:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for key, expected in (
             ("_class_name", "WanTransformer3DModel"), ("patch_size", list(PATCH_SIZE)), ("cross_attn_norm", True),
-            ("qk_norm", "rms_norm_across_heads"), ("image_dim", None), ("added_kv_proj_dim", None),
+            ("qk_norm", "rms_norm_across_heads"), ("pos_embed_seq_len", None),
         ):  # fmt: skip
             found = config.get(key, expected)
             check(found == expected, f"{path}: {key}={found!r}, but this model is built for {expected!r}")
         heads = config["num_attention_heads"]
+        hidden, image_dim = heads * config["attention_head_dim"], config.get("image_dim") or 0
+        added = config.get("added_kv_proj_dim")
+        check(
+            added == (hidden if image_dim else None),
+            f"{path}: added_kv_proj_dim={added} beside image_dim={image_dim or None}; this model attends to an image "
+            f"with added_kv_proj_dim={hidden} and an image_dim, or with neither to none",
+        )
         return cls(
-            hidden_size=heads * config["attention_head_dim"], ffn_hidden_size=config["ffn_dim"],
+            hidden_size=hidden, ffn_hidden_size=config["ffn_dim"],
             num_attention_heads=heads, num_layers=config["num_layers"], in_channels=config["in_channels"],
             out_channels=config["out_channels"], text_dim=config["text_dim"], freq_dim=config["freq_dim"],
-            eps=config["eps"],
+            eps=config["eps"], image_dim=image_dim,
         )  # fmt: skip
 
     def to_diffusers(self) -> dict[str, Any]:
@@ -84,12 +92,14 @@ class Architecture:
             "attention_head_dim": self.head_dim, "in_channels": self.in_channels, "out_channels": self.out_channels,
             "text_dim": self.text_dim, "freq_dim": self.freq_dim, "ffn_dim": self.ffn_hidden_size,
             "num_layers": self.num_layers, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-            "eps": self.eps, "rope_max_seq_len": ROPE_POSITIONS,
+            "eps": self.eps, "rope_max_seq_len": ROPE_POSITIONS, "image_dim": self.image_dim or None,
+            "added_kv_proj_dim": self.hidden_size if self.image_dim else None,
         }  # fmt: skip
 
     def forward_flops(self, num_tokens: int) -> int:
         """Model FLOPs of one sample's forward through the blocks (embedders and head, under 1 %, left out)."""
-        s, t, h, f = num_tokens, TEXT_LENGTH, self.hidden_size, self.ffn_hidden_size
+        s, h, f = num_tokens, self.hidden_size, self.ffn_hidden_size
+        t = TEXT_LENGTH + (IMAGE_LENGTH if self.image_dim else 0)
         projections = 2 * s * (4 * h * h + 2 * h * h + 2 * h * f) + 2 * t * 2 * h * h
         return self.num_layers * (projections + 4 * s * s * h + 4 * s * t * h)
 
@@ -100,4 +110,5 @@ class Architecture:
 
 T2V_1_3B = Architecture()
 T2V_14B = Architecture(hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40, num_layers=40)
-ARCHITECTURES = {"t2v-1.3B": T2V_1_3B, "t2v-14B": T2V_14B}
+I2V_14B = replace(T2V_14B, in_channels=36, image_dim=1280)  # channels: noise 16, mask 4, latents of the image 16
+ARCHITECTURES = {"t2v-1.3B": T2V_1_3B, "t2v-14B": T2V_14B, "i2v-14B": I2V_14B}

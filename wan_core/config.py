@@ -17,6 +17,7 @@ VAE_SPATIAL_STRIDE = 8
 PATCH_SIZE = (1, 2, 2)  # frames, height, width, in latents
 SIZE_MULTIPLE = VAE_SPATIAL_STRIDE * PATCH_SIZE[1]
 TEXT_LENGTH = 512  # positions that cross-attention sees, see encode/text.py
+IMAGE_LENGTH = 257  # tokens of CLIP ViT-H, one of them for the whole image: what image-to-video models attend to
 
 Stage = Literal["encode", "shard", "index", "train", "convert", "sample", "evaluate"]
 STAGES: tuple[Stage, ...] = ("encode", "shard", "index", "train", "convert", "sample", "evaluate")

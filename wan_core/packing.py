@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_core.config import TEXT_LENGTH, check
+from wan_core.config import IMAGE_LENGTH, TEXT_LENGTH, check
 from wan_core.patch import GridSize
 
 
@@ -108,6 +108,11 @@ class Packing:
         """
         rows = tuple(min(length + 1, TEXT_LENGTH) for length in self.text_lengths)
         return Segments(self.local_lengths, rows, tuple(TEXT_LENGTH + 1 - count for count in rows))
+
+    @cached_property
+    def image_segments(self) -> Segments:
+        """Cross-attention of this rank's tokens to each sample's image."""
+        return Segments(self.local_lengths, (IMAGE_LENGTH,) * self.num_samples)
 
     def sample_index(self, device: torch.device) -> Tensor:
         """Which sample's modulation each of this rank's tokens uses, int64 [local tokens]."""

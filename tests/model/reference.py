@@ -22,6 +22,7 @@ SIZES = {
     "head_dim 16": Architecture(64, 160, 4, 2, text_dim=48, freq_dim=64),
     "head_dim 24": Architecture(96, 256, 4, 3, text_dim=32, freq_dim=256),
     "head_dim 32, one head": Architecture(32, 96, 1, 1, text_dim=48, freq_dim=64),
+    "image to video": Architecture(64, 160, 4, 2, in_channels=36, text_dim=48, freq_dim=64, image_dim=40),
 }
 
 
@@ -53,6 +54,7 @@ class Inputs:
     latents: tuple[Tensor, ...]  # [16, T, H, W] each
     timesteps: Tensor  # [n]
     text_embeds: Tensor  # [n, 512, text_dim]
+    image_embeds: Tensor | None = None  # [n, 257, image_dim]
 
     @classmethod
     def random(
@@ -67,6 +69,9 @@ class Inputs:
             tuple(torch.randn(architecture.in_channels, *shape, generator=generator) for shape in shapes),
             torch.rand(len(shapes), generator=generator) * 1000,
             text,
+            torch.randn(len(shapes), 257, architecture.image_dim, generator=generator)
+            if architecture.image_dim
+            else None,
         )
 
     @property
@@ -85,15 +90,17 @@ def run_ours(model: WanModel, inputs: Inputs, multiple: int = 1) -> list[Tensor]
     packing = Packing.of([GridSize.of(latents) for latents in inputs.latents], inputs.texts, multiple)
     patches = torch.cat([patchify(latents) for latents in inputs.latents])
     patches = F.pad(patches, (0, 0, 0, packing.num_tokens - packing.num_real_tokens))
-    output = model(patches, inputs.timesteps.double(), pack_text(inputs.texts), packing)
+    image = None if inputs.image_embeds is None else inputs.image_embeds.flatten(0, 1)
+    output = model(patches, inputs.timesteps.double(), pack_text(inputs.texts), packing, image)
     samples = output[: packing.num_real_tokens].split(packing.lengths)
     return [unpatchify(tokens, grid) for tokens, grid in zip(samples, packing.grids, strict=True)]
 
 
 def run_reference(model: WanTransformer3DModel, inputs: Inputs) -> list[Tensor]:
     """The same, one sample at a time."""
-    rows = zip(inputs.latents, inputs.timesteps, inputs.text_embeds, strict=True)
-    return [model(x[None], t[None], text[None], return_dict=False)[0][0] for x, t, text in rows]
+    images = [None] * len(inputs.latents) if inputs.image_embeds is None else [x[None] for x in inputs.image_embeds]
+    rows = zip(inputs.latents, inputs.timesteps, inputs.text_embeds, images, strict=True)
+    return [model(x[None], t[None], text[None], image, return_dict=False)[0][0] for x, t, text, image in rows]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

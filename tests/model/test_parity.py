@@ -74,9 +74,10 @@ def test_gradients(architecture: Architecture, recompute: str | None) -> None:
         assert relative_error(mine, other) <= 1e-4, name
 
 
+@pytest.mark.parametrize("size", ["head_dim 24", "image to video"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_import_then_export_keeps_every_bit(tmp_path, dtype: torch.dtype) -> None:
-    architecture = SIZES["head_dim 24"]
+def test_import_then_export_keeps_every_bit(tmp_path, dtype: torch.dtype, size: str) -> None:
+    architecture = SIZES[size]
     reference = reference_model(architecture).to(dtype)
     weights = reference.state_dict()
     model = our_model(reference, architecture, params_dtype=dtype)

@@ -23,6 +23,12 @@ OUTER = {  # ours -> diffusers, a module each
     "text_embedding.linear_2": "condition_embedder.text_embedder.linear_2",
     "head.linear": "proj_out",
 }
+IMAGE_OUTER = {
+    "image_embedding.input_norm": "condition_embedder.image_embedder.norm1",
+    "image_embedding.linear_1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "image_embedding.linear_2": "condition_embedder.image_embedder.ff.net.2",
+    "image_embedding.output_norm": "condition_embedder.image_embedder.norm2",
+}
 LAYER = {
     "self_attention.linear_proj": "attn1.to_out.0",
     "cross_norm": "norm2",
@@ -37,27 +43,34 @@ LAYER_NORMS = {  # weight only
     "cross_attention.q_norm": "attn2.norm_q",
     "cross_attention.k_norm": "attn2.norm_k",
 }
+IMAGE_LAYER_NORMS = {"cross_attention.image_k_norm": "attn2.norm_added_k"}
 FUSED = {  # ours -> diffusers' modules whose rows it interleaves by head
     "self_attention.linear_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "cross_attention.linear_kv": ("attn2.to_k", "attn2.to_v"),
 }
+IMAGE_FUSED = {"cross_attention.linear_image_kv": ("attn2.add_k_proj", "attn2.add_v_proj")}
 KINDS = ("weight", "bias")
 
 
 def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """Our name -> diffusers' names, for every parameter."""
     pairs: dict[str, tuple[str, ...]] = {}
-    for ours, theirs in OUTER.items():
+    image = bool(architecture.image_dim)
+    outer, norms, fused = (
+        {**table, **(added if image else {})}
+        for table, added in ((OUTER, IMAGE_OUTER), (LAYER_NORMS, IMAGE_LAYER_NORMS), (FUSED, IMAGE_FUSED))
+    )
+    for ours, theirs in outer.items():
         pairs |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in KINDS}
     pairs["head.modulation"] = ("scale_shift_table",)
     for n in range(architecture.num_layers):
         pairs[f"layers.{n}.modulation"] = (f"blocks.{n}.scale_shift_table",)
-        for ours, theirs in LAYER_NORMS.items():
+        for ours, theirs in norms.items():
             pairs[f"layers.{n}.{ours}.weight"] = (f"blocks.{n}.{theirs}.weight",)
         for kind in KINDS:
             for ours, theirs in LAYER.items():
                 pairs[f"layers.{n}.{ours}.{kind}"] = (f"blocks.{n}.{theirs}.{kind}",)
-            for ours, parts in FUSED.items():
+            for ours, parts in fused.items():
                 pairs[f"layers.{n}.{ours}.{kind}"] = tuple(f"blocks.{n}.{part}.{kind}" for part in parts)
     return pairs
 

@@ -97,7 +97,9 @@ class SelfAttention(MegatronModule):
 
 
 class CrossAttention(MegatronModule):
-    """Attention of each sample's tokens to its text. The rows of `linear_kv` are ordered (head, k|v, d)."""
+    """Attention of each sample's tokens to its text, and in an image-to-video model to its image: each by itself, with
+    the same queries, and added. The rows of `linear_kv` and `linear_image_kv` are ordered (head, k|v, d).
+    """
 
     def __init__(self, config: WanTransformerConfig, parallel: Parallel) -> None:
         super().__init__(config)
@@ -106,16 +108,24 @@ class CrossAttention(MegatronModule):
         self.linear_kv = column_linear(config, config.hidden_size, 2 * config.hidden_size, gather_input=False)
         self.q_norm = QKNorm(config, parallel)
         self.k_norm = QKNorm(config, parallel)
+        if config.image_dim:
+            self.linear_image_kv = column_linear(config, config.hidden_size, 2 * config.hidden_size, gather_input=False)
+            self.image_k_norm = QKNorm(config, parallel)
         self.linear_proj = row_linear(config, config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, packing: Packing) -> Tensor:
-        """x [local tokens, h], text [text rows, h] -> [local tokens, h]."""
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, packing: Packing) -> Tensor:
+        """x [local tokens, h], text [text rows, h], image [image rows, h] -> [local tokens, h]."""
         eps, head_dim = self.config.layernorm_epsilon, self.config.kv_channels
         q = self.linear_q(x)[0].unflatten(-1, (-1, 1, head_dim))
         kv = self.linear_kv(text)[0].unflatten(-1, (-1, 2, head_dim))
         (q,) = head_norm(q, (self.q_norm.weight,), None, eps, self.parallel)
         k, v = head_norm(kv, (self.k_norm.weight,), None, eps, self.parallel)
-        return self.linear_proj(packed_attention(q, k, v, packing.cross_segments).flatten(1))[0]
+        out = packed_attention(q, k, v, packing.cross_segments)
+        if image is not None:
+            kv = self.linear_image_kv(image)[0].unflatten(-1, (-1, 2, head_dim))
+            k, v = head_norm(kv, (self.image_k_norm.weight,), None, eps, self.parallel)
+            out = out + packed_attention(q, k, v, packing.image_segments)
+        return self.linear_proj(out.flatten(1))[0]
 
 
 class MLP(MegatronModule):

@@ -24,6 +24,7 @@ class WanTransformerConfig(TransformerConfig):
     out_channels: int = 16
     text_dim: int = 4096
     freq_dim: int = 256
+    image_dim: int = 0  # see Architecture
     init_seed: int = 1234
     embedder_init_std: float = 0.02  # of the text and time MLPs; WAN's own, made for widths of thousands
 
@@ -49,7 +50,7 @@ class WanTransformerConfig(TransformerConfig):
     def architecture(self) -> Architecture:
         return Architecture(
             self.hidden_size, self.ffn_hidden_size, self.num_attention_heads, self.num_layers, self.in_channels,
-            self.out_channels, self.text_dim, self.freq_dim, self.layernorm_epsilon,
+            self.out_channels, self.text_dim, self.freq_dim, self.layernorm_epsilon, self.image_dim,
         )  # fmt: skip
 
     @classmethod
@@ -65,4 +66,5 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
         "num_attention_heads": architecture.num_attention_heads, "num_layers": architecture.num_layers,
         "in_channels": architecture.in_channels, "out_channels": architecture.out_channels,
         "text_dim": architecture.text_dim, "freq_dim": architecture.freq_dim, "layernorm_epsilon": architecture.eps,
+        "image_dim": architecture.image_dim,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_core.model.config import WanTransformerConfig
+from wan_core.model.ops import AffineLayerNorm
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
@@ -36,6 +37,26 @@ class TimeEmbedding(nn.Module):
         """[n] -> embedding [n, h], modulation [n, 6, h]."""
         embedding = self.linear_2(F.silu(self.linear_1(sinusoid(timesteps, self.freq_dim))))
         return embedding, self.projection(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's embeddings of an image to the model's width; an image-to-video model has one."""
+
+    EPS = 1e-5  # not the model's: diffusers' and WAN's LayerNorms here are torch's default ones
+
+    def __init__(self, config: WanTransformerConfig) -> None:
+        super().__init__()
+        width, h, device = config.image_dim, config.hidden_size, config.device
+        place: dict[str, Any] = {"dtype": config.params_dtype, "device": device}
+        self.input_norm = AffineLayerNorm(width, self.EPS, device)
+        self.linear_1 = nn.Linear(width, width, **place)
+        self.linear_2 = nn.Linear(width, h, **place)
+        self.output_norm = AffineLayerNorm(h, self.EPS, device)
+
+    def forward(self, image_embeds: Tensor) -> Tensor:
+        """[image rows, image_dim] -> [image rows, h]."""
+        x = self.input_norm(image_embeds.to(self.linear_1.weight.dtype))
+        return self.output_norm(self.linear_2(F.gelu(self.linear_1(x))))
 
 
 class TextEmbedding(nn.Module):

@@ -26,9 +26,10 @@ class WanLayer(MegatronModule):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, rotary: Tensor, lengths: tuple[int, ...], packing: Packing
-    ) -> Tensor:
-        """x [local tokens, h], modulation [samples, 6, h] float32, text [text rows, h] -> [local tokens, h].
+        self, x: Tensor, modulation: Tensor, text: Tensor, image: Tensor | None, rotary: Tensor,
+        lengths: tuple[int, ...], packing: Packing,
+    ) -> Tensor:  # fmt: skip
+        """x [local tokens, h], modulation [samples, 6, h] float32, text and image [rows, h] -> [local tokens, h].
 
         lengths: how many of x's tokens belong to each sample. Under sequence parallelism x is this TP rank's share of
         the tokens in packing.
@@ -37,6 +38,6 @@ class WanLayer(MegatronModule):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(1)  # [samples, h] each
         attended = self.self_attention(modulated_norm(x, shift1, scale1, lengths, eps), rotary, packing)
         x = gated_add(x, attended, gate1, lengths)
-        x = x + self.cross_attention(self.cross_norm(x), text, packing)
+        x = x + self.cross_attention(self.cross_norm(x), text, image, packing)
         fed = self.mlp(modulated_norm(x, shift2, scale2, lengths, eps))
         return gated_add(x, fed, gate2, lengths)

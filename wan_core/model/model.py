@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wan_core.config import PATCH_SIZE
 from wan_core.model.config import WanTransformerConfig
-from wan_core.model.embeddings import TextEmbedding, TimeEmbedding
+from wan_core.model.embeddings import ImageEmbedding, TextEmbedding, TimeEmbedding
 from wan_core.model.layer import WanLayer
 from wan_core.model.ops import modulated_norm
 from wan_core.model.recompute import selective
@@ -24,7 +24,7 @@ from wan_core.model.rope import packed_rotary
 from wan_core.packing import Packing
 from wan_core.parallel import Parallel
 
-EMBEDDERS = ("time_embedding.", "text_embedding.")  # replicated on every pipeline stage
+EMBEDDERS = ("time_embedding.", "text_embedding.", "image_embedding.")  # replicated on every pipeline stage
 
 
 class Head(nn.Module):
@@ -55,6 +55,8 @@ class WanModel(MegatronModule):
         self.input_tensor: Tensor | None = None  # from the previous stage, [local tokens, 1, h]
         self.time_embedding = TimeEmbedding(config)
         self.text_embedding = TextEmbedding(config)
+        if config.image_dim:
+            self.image_embedding = ImageEmbedding(config)
         if self.pre_process:
             features, h = config.in_channels * math.prod(PATCH_SIZE), config.hidden_size
             self.patch_embedding = nn.Linear(features, h, dtype=config.params_dtype, device=config.device)
@@ -64,7 +66,10 @@ class WanModel(MegatronModule):
             self.head = Head(config)
         self._mark_parameters()
 
-    def forward(self, patches: Tensor, timesteps: Tensor, text_embeds: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self, patches: Tensor, timesteps: Tensor, text_embeds: Tensor, packing: Packing,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predict the velocity of a pack.
 
         Args:
@@ -72,6 +77,7 @@ class WanModel(MegatronModule):
             timesteps: one per sample, [samples] in [0, 1000], float32 (bf16 would round them to multiples of 4).
             text_embeds: the samples' texts as `pack_text` makes them, [text rows, text_dim].
             packing: the pack's grids and text lengths, and this context-parallel rank's share of it.
+            image_embeds: of an image-to-video model, the samples' images one after another, [257 * samples, image_dim].
 
         Returns:
             velocity [packing.num_local_tokens, 4 * out_channels], features (pt, ph, pw, c), on the last pipeline
@@ -81,6 +87,7 @@ class WanModel(MegatronModule):
         rotary = packed_rotary(packing, self.config.kv_channels, patches.device)
         embedding, modulation = self.time_embedding(timesteps)
         text = self.text_embedding(text_embeds)
+        image = self.image_embedding(image_embeds) if self.config.image_dim else None
         if self.pre_process:
             local = patches[shard.start - packing.start : shard.stop - packing.start]
             x = self.patch_embedding(local.to(self.patch_embedding.weight.dtype))
@@ -89,7 +96,7 @@ class WanModel(MegatronModule):
             x = self.input_tensor.squeeze(1)
         with selective(self.config.recompute_granularity == "selective" and self.training):
             for layer, recompute in self._layers_to_run():
-                inputs = (x, modulation, text, rotary, shard.local_lengths, packing)
+                inputs = (x, modulation, text, image, rotary, shard.local_lengths, packing)
                 x = (
                     checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
                     if recompute
@@ -119,8 +126,8 @@ class WanModel(MegatronModule):
         """Tell megatron which gradients to sum over which ranks, and which parameters stay float32 under bf16.
 
         Under sequence parallelism every parameter that is applied to a shard of the tokens gets a part of its
-        gradient only: the norms, the modulation, the head, the patch and time embeddings, but not the text embedding,
-        whose input is whole on every rank. (Row-parallel biases are marked by megatron's own layers.)
+        gradient only: the norms, the modulation, the head, the patch and time embeddings, but not the text and image
+        embeddings, whose input is whole on every rank. (Row-parallel biases are marked by megatron's own layers.)
         """
         for name, parameter in self.named_parameters():
             if name.startswith(EMBEDDERS):
@@ -158,10 +165,10 @@ class WanModel(MegatronModule):
                 whole = torch.empty(shape, device=parameter.device, dtype=torch.float32)
                 if "modulation" in name:
                     whole.normal_(0, h**-0.5, generator=generator)
-                elif name.startswith(EMBEDDERS) and "projection" not in name:
+                elif name.startswith(("time_embedding.linear", "text_embedding.linear")):
                     whole.normal_(0, self.config.embedder_init_std, generator=generator)
                 else:
-                    fused = {"linear_qkv": 3, "linear_kv": 2}.get(name.split(".")[-2], 1)
+                    fused = {"linear_qkv": 3, "linear_kv": 2, "linear_image_kv": 2}.get(name.split(".")[-2], 1)
                     bound = math.sqrt(6 / (shape[1] + shape[0] // fused))
                     whole.uniform_(-bound, bound, generator=generator)
                 parameter.copy_(whole.chunk(split, dim)[self.parallel.tp_rank] if split > 1 else whole)

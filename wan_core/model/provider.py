@@ -11,7 +11,7 @@ from megatron.bridge.models.model_provider import ModelProviderMixin
 
 from wan_core import fsdp
 from wan_core.architecture import Architecture
-from wan_core.config import TEXT_LENGTH, check
+from wan_core.config import IMAGE_LENGTH, TEXT_LENGTH, check
 from wan_core.convert.mapping import parameter_names
 from wan_core.convert.weights import load_into
 from wan_core.model.config import WanTransformerConfig, architecture_fields
@@ -85,5 +85,7 @@ class WanProvider(WanTransformerConfig, ModelProviderMixin[WanModel]):
         """Model FLOPs of one step, for Bridge's throughput log: the forward formula of Architecture, three times."""
         assert seqlen_sum is not None and seqlen_squared_sum is not None and cross_seqlen_sum is not None
         h, f = self.hidden_size, self.ffn_hidden_size or 0
-        tokens = seqlen_sum * (2 * (6 * h * h + 2 * h * f) + 4 * TEXT_LENGTH * h)
-        return 3 * self.num_layers * (tokens + 4 * h * seqlen_squared_sum + 4 * h * h * cross_seqlen_sum)
+        positions = TEXT_LENGTH + (IMAGE_LENGTH if self.image_dim else 0)
+        tokens = seqlen_sum * (2 * (6 * h * h + 2 * h * f) + 4 * positions * h)
+        attended_to = cross_seqlen_sum * positions // TEXT_LENGTH  # it counts text alone
+        return 3 * self.num_layers * (tokens + 4 * h * seqlen_squared_sum + 4 * h * h * attended_to)
