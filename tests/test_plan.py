@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from wan_core.architecture import T2V_1_3B, T2V_14B, Architecture
+from wan_core.architecture import I2V_14B, T2V_1_3B, T2V_14B, Architecture
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
 from wan_core.parallel import layout as one_rank
@@ -23,7 +23,7 @@ ONE = Work(T2V_1_3B, DEVICES["h200"], gpus_per_node=1, nodes=1, tokens=37_440)
 NODE = Work(T2V_14B, DEVICES["h200"], gpus_per_node=8, nodes=1, tokens=37_440, packs=8)
 
 
-@pytest.mark.parametrize(("architecture", "millions"), [(T2V_1_3B, 1418), (T2V_14B, 14288)])
+@pytest.mark.parametrize(("architecture", "millions"), [(T2V_1_3B, 1418), (T2V_14B, 14288), (I2V_14B, 16394)])
 def test_parameters_are_those_of_diffusers(architecture: Architecture, millions: int) -> None:
     with torch.device("meta"):
         reference = WanTransformer3DModel(**architecture.to_diffusers())

@@ -156,6 +156,7 @@ def layer_parameters(a: Architecture, tp: int = 1) -> Count:
     """Parameters of a block on one of `tp` ranks."""
     h, f = a.hidden_size, a.ffn_hidden_size
     split = 3 * h * h + 3 * h + h * h + h * h + h + 2 * h * h + 2 * h + h * h + h * f + f + f * h + 4 * h
+    split += (2 * h * h + 2 * h + h) * bool(a.image_dim)  # keys and values of an image, and the keys' norm
     return Count(split // tp + 3 * h, 6 * h + 2 * h)  # row-parallel biases; modulation and the affine norm
 
 
@@ -165,9 +166,11 @@ def outer_parameters(a: Architecture, first: bool = True, last: bool = True) -> 
     time = a.freq_dim * h + h + h * h + h + 6 * h * h + 6 * h
     text = a.text_dim * h + h + h * h + h
     features, out = a.in_channels * patch, a.out_channels * patch
+    image = a.image_dim * (a.image_dim + 1 + h) + h if a.image_dim else 0
+    norms = 2 * (a.image_dim + h) if a.image_dim else 0
     return Count(
-        text + first * (features * h + h) + last * (h * out + out),
-        time + last * 2 * h,
+        text + image + first * (features * h + h) + last * (h * out + out),
+        time + norms + last * 2 * h,
     )
 
 

@@ -79,6 +79,11 @@ class Inputs:
         """Each text at its true length, [n, text_dim]."""
         return [text[: int(text.any(-1).sum())] for text in self.text_embeds]
 
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """All but the timesteps."""
+        image = None if self.image_embeds is None else self.image_embeds.to(dtype)
+        return Inputs(tuple(x.to(dtype) for x in self.latents), self.timesteps, self.text_embeds.to(dtype), image)
+
     def requires_grad(self) -> Inputs:
         for latents in self.latents:
             latents.requires_grad_()

@@ -21,7 +21,7 @@ from tests.model.reference import (
     run_reference,
 )
 from wan_core.architecture import Architecture
-from wan_core.convert.mapping import to_diffusers
+from wan_core.convert.mapping import stays_float32, to_diffusers
 from wan_core.convert.weights import DiffusersWeights, save_transformer
 from wan_core.parallel import layout
 
@@ -103,14 +103,16 @@ def test_exported_folder_loads_in_diffusers(tmp_path) -> None:
     assert len(files) == 1 and load_file(files[0]).keys() == reference.state_dict().keys()
 
 
-def test_bf16_keeps_its_float32_islands() -> None:
+@pytest.mark.parametrize("size", ["head_dim 24", "image to video"])
+def test_bf16_keeps_its_float32_islands(size: str) -> None:
     """bf16 weights and activations, float32 time embedding and modulation: as close to float32 as diffusers' bf16."""
-    architecture = SIZES["head_dim 24"]
+    architecture = SIZES[size]
     reference = reference_model(architecture).to(torch.bfloat16).float()  # weights that bf16 holds exactly
     model = our_model(reference, architecture, params_dtype=torch.bfloat16)
     kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    islands = ("time_embedding.", "modulation", "cross_norm.")
+    islands = ("time_embedding.", "modulation", "cross_norm.", "put_norm.")
     assert kept == {name for name, _ in model.named_parameters() if any(part in name for part in islands)}
+    assert kept == {name for name, _ in model.named_parameters() if stays_float32(name)}
 
     import copy
 
@@ -122,15 +124,14 @@ def test_bf16_keeps_its_float32_islands() -> None:
         if "scale_shift_table" in name:
             parameter.data = parameter.data.float()
     inputs = Inputs.random(architecture, SHAPES)
-    rounded = Inputs(
-        tuple(x.bfloat16().float() for x in inputs.latents), inputs.timesteps, inputs.text_embeds.bfloat16().float()
-    )
-    low = Inputs(tuple(x.bfloat16() for x in rounded.latents), rounded.timesteps, rounded.text_embeds.bfloat16())
+    rounded = inputs.to(torch.bfloat16).to(torch.float32)
+    low = rounded.to(torch.bfloat16)
     with torch.no_grad():
         exact = run_reference(reference, rounded)
         found, diffusers_found = run_ours(model, low), run_reference(theirs, low)
-    for ours, other, truth in zip(found, diffusers_found, exact, strict=True):
-        assert relative_error(ours, truth) <= 1.1 * relative_error(other, truth)
+    # All samples as one: the smallest has six tokens, and its error alone depends on the draw by a tenth.
+    ours, other, truth = (torch.cat([x.flatten() for x in outputs]) for outputs in (found, diffusers_found, exact))
+    assert relative_error(ours, truth) <= 1.08 * relative_error(other, truth)
 
 
 def test_timesteps_are_not_rounded_to_bf16() -> None:

@@ -77,7 +77,8 @@ def _pairs(architecture: Architecture) -> dict[str, tuple[str, ...]]:
 
 def stays_float32(name: str) -> bool:
     """Whether one of our parameters is float32 also where the model is trained in bfloat16."""
-    return name.startswith("time_embedding.") or "modulation" in name or "cross_norm." in name
+    norms = ("modulation", "cross_norm.", "image_embedding.input_norm.", "image_embedding.output_norm.")
+    return name.startswith("time_embedding.") or any(part in name for part in norms)
 
 
 def modules_of(layer: str, architecture: Architecture) -> tuple[str, ...]:
