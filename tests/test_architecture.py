@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.model.reference import Inputs, our_model, reference_model, run_ours
-from wan_core.architecture import T2V_1_3B, T2V_14B, Architecture
+from wan_core.architecture import I2V_14B, T2V_1_3B, T2V_14B, Architecture
 from wan_core.parallel import layout
 
 
@@ -23,8 +23,15 @@ def test_parameters_of_the_published_sizes() -> None:
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
-def test_flops_are_what_torch_counts() -> None:
-    architecture = Architecture(64, 160, 4, 3, text_dim=48, freq_dim=64)
+def test_an_image_to_video_model_is_refused_where_it_cannot_be_used() -> None:
+    with pytest.raises(ValueError, match=r"image_dim=1280 makes this an image-to-video model.*training"):
+        I2V_14B.check_text_to_video("training")
+    T2V_14B.check_text_to_video("training")
+
+
+@pytest.mark.parametrize("image_dim", [0, 40])
+def test_flops_are_what_torch_counts(image_dim: int) -> None:
+    architecture = Architecture(64, 160, 4, 3, text_dim=48, freq_dim=64, image_dim=image_dim)
     inputs = Inputs.random(architecture, [(3, 8, 8)], short_text=False)
     with layout(backend="gloo"), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model = our_model(reference_model(architecture), architecture)

@@ -96,6 +96,18 @@ class Architecture:
             "added_kv_proj_dim": self.hidden_size if self.image_dim else None,
         }  # fmt: skip
 
+    def check_text_to_video(self, work: str) -> None:
+        """Refuse an image-to-video model where only text-to-video ones are supported.
+
+        Raises:
+            ValueError: the model attends to an image.
+        """
+        check(
+            not self.image_dim,
+            f"image_dim={self.image_dim} makes this an image-to-video model, for which {work} is not there yet; "
+            "give a text-to-video model",
+        )
+
     def forward_flops(self, num_tokens: int) -> int:
         """Model FLOPs of one sample's forward through the blocks (embedders and head, under 1 %, left out)."""
         s, h, f = num_tokens, self.hidden_size, self.ffn_hidden_size

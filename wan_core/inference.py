@@ -41,6 +41,7 @@ def loaded_transformer(
         checkpoint: an iteration folder, or None for the Diffusers folder's own weights.
     """
     architecture = read_architecture(checkpoint) if checkpoint else Architecture.from_diffusers(model)
+    architecture.check_text_to_video("sampling")
     with layout(backend="gloo"), torch.no_grad():
         config = WanTransformerConfig.of(
             architecture, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,

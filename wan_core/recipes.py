@@ -93,6 +93,7 @@ def build(
     size = user.pop("architecture", recipe.pop("architecture", "t2v-1.3B"))
     recipe.pop("architecture", None)
     architecture = Architecture.from_diffusers(model_dir) if model_dir else ARCHITECTURES[size]
+    architecture.check_text_to_video("training")
     container = defaults(architecture, config)
     if model_dir is not None and config.mode == "finetune":
         container.model.initial_weights = str(model_dir)
