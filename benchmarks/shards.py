@@ -13,7 +13,6 @@ import cProfile
 import json
 import os
 import pstats
-import resource
 import shutil
 import subprocess
 import sys
@@ -166,10 +165,15 @@ def rewriting(folder: Path, gib: float) -> None:
                       "seconds": dict(sorted(spent.items(), key=lambda item: -item[1]))}), flush=True)  # fmt: skip
 
 
+def memory(name: str) -> int:
+    """Resident MiB of this process now (VmRSS) or at its peak (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) // 1024
+
+
 def planning(folder: Path) -> None:
     """In a process of its own, whose peak memory is planning's."""
-    started = time.perf_counter()
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, base, cpu = time.perf_counter(), memory("VmRSS"), time.process_time()
     encoded = records.load_record(EncodeRecord, folder)
     samples = StoredSamples.of(encoded)
     read = time.perf_counter()
@@ -180,7 +184,7 @@ def planning(folder: Path) -> None:
         "what": "plan", "samples": len(samples), "parts": len(samples.parts), "shards": len(planned),
         "read_lists_seconds": round(read - started, 2), "shuffle_and_cut_seconds": round(cut - read, 2),
         "identify_seconds": round(time.perf_counter() - cut, 2),
-        "peak_mib_above_imports": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024),
+        "cpu_seconds": round(time.process_time() - cpu, 2), "peak_mib_above_imports": memory("VmHWM") - base,
     }), flush=True)  # fmt: skip
 
 
