@@ -23,6 +23,10 @@ POLL_SECONDS = 0.5
 SHOWN_LINES = 15  # of the failing rank, in the error
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
 EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt|Exit))\b(?:: (.*))?$")
+INTERRUPTED = re.compile(
+    r"interrupted, (saved at iteration \d+|nothing saved)"
+)  # what a rank says that was asked to stop
+REFUSED = re.compile(r"wan_core\.train: (.+)")  # what it says of input that cannot make a run
 # Exceptions of a rank that come back with the next attempt; others (a lost peer, a file system) may pass.
 FINAL = {
     "ValueError", "TypeError", "AssertionError", "KeyError", "IndexError", "AttributeError", "ImportError",
@@ -100,10 +104,15 @@ def _ray(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[
 def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Exception:
     """What to raise for a node that ended badly.
 
-    A `ValueError` of a rank stays one, because its sentence is meant for the user. Everything else becomes a
+    A `ValueError` of a rank stays one, because its sentence is meant for the user; an interrupted run says where it
+    was saved. Everything else becomes a
     `LaunchError` with the last lines of the rank that torchrun names as the first to fail.
     """
     text = "\n".join(tail)
+    if interrupted := INTERRUPTED.search(text):  # SIGTERM to a rank or to torchrun: the next attempt goes on from there
+        return LaunchError(f"training was interrupted, {interrupted[1]}; logs in {log_dir}", retry=True)
+    if refused := REFUSED.search(text):
+        return ValueError(f"{refused[1]} (logs in {log_dir})")
     cause = ROOT_CAUSE.search(text)
     if cause is None:
         lines = [line for line in tail if line.strip()][-SHOWN_LINES:]

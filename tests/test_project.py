@@ -16,18 +16,36 @@ PACKAGES = ("wan_core", "tasks", "flows")
 ALLOWED = {
     "megatron.bridge.diffusion": (),
     "megatron.bridge": (
+        "wan_core.checkpointing",
         "wan_core.convert",
         "wan_core.dataset",
+        "wan_core.ema",
+        "wan_core.lora",
+        "wan_core.metrics_log",
         "wan_core.model.provider",
         "wan_core.recipes",
         "wan_core.runtime",
+        "wan_core.stability",
         "wan_core.train",
         "wan_core.training",
+        "wan_core.training_samples",
+        "wan_core.validation",
     ),
     "megatron.core.parallel_state": ("wan_core.parallel",),
     "megatron.core.mpu": ("wan_core.parallel",),  # the same module by another name
     "megatron.energon": ("wan_core.data",),
-    "megatron": ("wan_core.convert", "wan_core.model", "wan_core.parallel", "wan_core.runtime", "wan_core.step"),
+    "megatron": (
+        "wan_core.checkpointing",
+        "wan_core.convert",
+        "wan_core.ema",
+        "wan_core.fsdp",
+        "wan_core.lora",
+        "wan_core.model",
+        "wan_core.parallel",
+        "wan_core.runtime",
+        "wan_core.step",
+        "wan_core.training_samples",
+    ),
     "transformer_engine": ("wan_core.model", "wan_core.parallel", "wan_core.runtime"),
 }
 

@@ -199,7 +199,7 @@ class IndexConfig:
 
 # Override keys (and key prefixes) that say how long, how often or where to train: free to change when a run resumes.
 RESUMABLE_KEYS = (
-    "train.train_iters", "validation.eval_interval", "validation.eval_iters", "checkpoint.", "logger.", "dist.",
+    "train.train_iters", "validation.", "stability.", "checkpoint.", "logger.", "dist.",
     "ddp.", "profiling.", "dataset.num_workers", "model.tensor_model_parallel_size", "model.sequence_parallel",
     "model.context_parallel_size", "model.pipeline_model_parallel_size", "model.recompute_",
 )  # fmt: skip

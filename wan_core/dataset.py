@@ -9,9 +9,10 @@ from typing import Any
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 
 from wan_core.config import check
-from wan_core.data.blend import dataset_path
-from wan_core.data.loader import LoaderConfig, PackLoader
-from wan_core.data.synthetic import SyntheticConfig, SyntheticLoader
+from wan_core.data.loader import LoaderConfig, ValidationPlan, sources, train_loader
+from wan_core.data.stream import Position
+from wan_core.data.synthetic import SyntheticConfig, SyntheticLoader, SyntheticValidation
+from wan_core.data.table import SampleTable
 from wan_core.parallel import Parallel
 
 
@@ -22,14 +23,48 @@ class WanDatasetProvider(DatasetProvider):
     path: str | None = None  # output of the index stage, or a blend of several
     tokens_per_pack: int = 37440
     packing_buffer_size: int = 64  # samples among which packs are filled
-    shuffle_buffer_size: int = 256
     caption_dropout: float = 0.1  # taken from flow_matching.caption_dropout
+    seed: int = 1234  # taken from rng.seed
+    stratified: bool = False  # taken from flow_matching.stratified
+    validation_sigmas: tuple[float, ...] = ()  # taken from the validation section, as the next two
+    validation_samples: int = 0
+    validation_packs_per_step: int = 1
     mock: bool = False
     mock_shapes: tuple[str, ...] = SyntheticConfig().shapes
     mock_text_dim: int = 4096
     dataloader_type: str = "external"  # type: ignore[assignment]
     num_workers: int = 2
     persistent_workers: bool = False
+
+    # No fields, because they are no settings: so typed in comments.
+    start = Position()  # where training goes on
+    loader = None  # type: Any  # of training, once it is built
+
+    def loader_config(self) -> LoaderConfig:
+        check(self.path is not None, "no dataset: give dataset.path=DIR (the index stage's output), or --mock")
+        return LoaderConfig(
+            str(self.path), self.tokens_per_pack, self.packing_buffer_size, self.caption_dropout, self.num_workers,
+            self.seed, self.stratified,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises `ValueError` where there is no training data to find, before anything slow begins."""
+        if not self.mock:
+            for folder, _ in sources(Path(self.loader_config().path), "train"):
+                SampleTable.read(folder, "train")
+
+    def validation_plan(self) -> ValidationPlan:
+        """Raises `ValueError` where there is no val split."""
+        return ValidationPlan.of(
+            self.loader_config(), self.validation_sigmas, self.validation_samples, self.validation_packs_per_step
+        )
+
+    @property
+    def num_validation_packs(self) -> int:
+        """How many packs one validation takes; a multiple of those of one step."""
+        if self.mock:
+            return -(-self.validation_samples // self.validation_packs_per_step) * self.validation_packs_per_step
+        return len(self.validation_plan().packs)
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Train and validation iterators of this data-parallel rank.
@@ -41,13 +76,9 @@ class WanDatasetProvider(DatasetProvider):
         rank, ranks, validates = parallel.dp_rank, parallel.dp, context.valid_samples > 0
         if self.mock:
             mock = SyntheticConfig(shapes=self.mock_shapes, text_dim=self.mock_text_dim)
-            validation = SyntheticLoader(mock.validation(), rank, ranks) if validates else None
-            return SyntheticLoader(mock, rank, ranks), validation, None
-        check(self.path is not None, "no dataset: give dataset.path=DIR (the index stage's output), or --mock")
-        config = LoaderConfig(
-            str(dataset_path(Path(str(self.path)))), self.tokens_per_pack, self.packing_buffer_size,
-            self.shuffle_buffer_size, self.caption_dropout, self.num_workers,
-        )  # fmt: skip
-        group = context.pg_collection.dp if context.pg_collection else None
-        train = PackLoader(config, "train", rank, ranks, group)
-        return train, PackLoader(config, "val", rank, ranks, group) if validates else None, None
+            fixed = (self.validation_sigmas, self.num_validation_packs, rank, ranks)
+            self.loader = SyntheticLoader(mock, rank, ranks, self.start)
+            return self.loader, SyntheticValidation(mock.validation(), *fixed) if validates else None, None
+        validation = self.validation_plan().loader(rank, ranks, self.num_workers) if validates else None
+        self.loader = train_loader(self.loader_config(), rank, ranks, self.start)
+        return self.loader, validation, None

@@ -23,6 +23,7 @@ from wan_core.demo.checker import Seen, check_clip, parse_caption
 from wan_core.encode.video import load_video
 from wan_core.records import EncodeRecord, EvaluateRecord, SampleRecord, TrainRecord
 from wan_core.report import Report, SampleResult
+from wan_core.training_run import VALIDATION_NAME
 
 
 def stage_fingerprint(
@@ -62,8 +63,10 @@ def run(
         (output.path / "metrics.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
         report.contact_sheet(samples, output.path / "contact_sheet.png")
         curve = read_lines(trained.metrics) if trained else []
-        if curve:
-            report.plot_training(curve, output.path / "loss.png")
+        if trained and curve:
+            validation = trained.path / VALIDATION_NAME
+            held_out = read_lines(validation) if validation.exists() else []
+            report.plot_training(curve, output.path / "loss.png", held_out)
         quarantine = encoded.path / "quarantine.jsonl" if encoded else None
         page = Report(
             metrics=metrics, samples=samples, sampled=sampled, trained=trained, encoded=encoded, curve=curve,

@@ -16,7 +16,7 @@ from wan_core.config import TEXT_LENGTH
 from wan_core.parallel import Parallel
 from wan_core.recipes import WanConfigContainer
 from wan_core.step import WanStep
-from wan_core.training_run import METRICS_NAME, Metrics, append_metrics, read_metrics
+from wan_core.training_run import METRICS_NAME, Metrics, append_line, read_metrics
 
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}  # dense bfloat16, by the makers' tables
 
@@ -63,7 +63,7 @@ class MetricsLog(Callback):
             return
         metrics = self._metrics(context, iteration, totals.tolist(), seconds, waited)
         if parallel.tp_rank == parallel.cp_rank == parallel.dp_rank == 0:
-            append_metrics(self.path, metrics)
+            append_line(self.path, metrics)
             print(line(metrics), flush=True)
         log(state, metrics)
 
@@ -87,6 +87,7 @@ class MetricsLog(Callback):
             packing_efficiency=round(tokens / packs / self.config.dataset.tokens_per_pack, 4),
             peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2),
             data_wait_share=round(waited / seconds, 4),
+            skipped_steps=context.user_state.get("skipped_steps", 0),
         )  # fmt: skip
 
 

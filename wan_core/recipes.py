@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from megatron.bridge.training.config import (
-    CheckpointConfig,
     ConfigContainer,
     DistributedDataParallelConfig,
     DistributedInitConfig,
@@ -24,12 +23,12 @@ from megatron.bridge.training.config import (
     RNGConfig,
     SchedulerConfig,
     TrainingConfig,
-    ValidationConfig,
 )  # fmt: skip
 from megatron.bridge.training.mixed_precision import bf16_mixed
 from megatron.bridge.training.tokenizers.config import TokenizerConfig
 
 from wan_core.architecture import ARCHITECTURES, Architecture
+from wan_core.checkpointing import WanCheckpointConfig
 from wan_core.config import TrainConfig, check
 from wan_core.dataset import WanDatasetProvider
 from wan_core.ema import WanOptimizerConfig
@@ -37,7 +36,9 @@ from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
 from wan_core.lora import LoraConfig
 from wan_core.model.provider import WanProvider
+from wan_core.stability import StabilityConfig
 from wan_core.training_samples import SamplesConfig
+from wan_core.validation import WanValidationConfig
 
 RECIPES = Path(__file__).parent / "conf"
 
@@ -49,6 +50,26 @@ class WanConfigContainer(ConfigContainer):
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
+
+    def fill_in(self) -> None:
+        """Fields that follow from others.
+
+        Raises:
+            ValueError: validation is asked for, and there is nothing to validate on.
+        """
+        self.dataset.caption_dropout, self.dataset.seed = self.flow_matching.caption_dropout, self.rng.seed
+        self.dataset.stratified = self.flow_matching.stratified
+        validation = self.validation
+        if not validation.eval_interval:
+            return
+        validation.check()
+        if validation.eval_global_batch_size is None:
+            validation.eval_global_batch_size = self.train.global_batch_size
+        self.dataset.validation_sigmas = validation.sigmas
+        self.dataset.validation_samples = validation.max_samples
+        self.dataset.validation_packs_per_step = validation.eval_global_batch_size
+        validation.eval_iters = self.dataset.num_validation_packs // validation.eval_global_batch_size
 
     def validate(self) -> None:
         """Bridge's checks, and those of packing.
@@ -58,7 +79,6 @@ class WanConfigContainer(ConfigContainer):
         """
         size = self.train.micro_batch_size
         check(size == 1, f"train.micro_batch_size={size}, but a micro-batch is one pack; set it to 1")
-        self.dataset.caption_dropout = self.flow_matching.caption_dropout
         self.samples.finalize()
         super().validate()
 
@@ -130,6 +150,8 @@ def build(
             setattr(container.scheduler, name, container.optimizer.weight_decay)
     if container.scheduler.lr_decay_iters is None:
         container.scheduler.lr_decay_iters = container.train.train_iters
+    if container.dataset.path is not None or mock:
+        container.fill_in()
     return container
 
 
@@ -147,7 +169,7 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
             train_iters=1000, global_batch_size=1, micro_batch_size=1, exit_signal_handler=True,
             manual_gc=cuda, manual_gc_interval=100 if cuda else 0,
         ),
-        validation=ValidationConfig(eval_iters=0, eval_interval=0),
+        validation=WanValidationConfig(eval_iters=0, eval_interval=0),
         optimizer=WanOptimizerConfig(
             optimizer="adam", lr=1e-5, min_lr=0.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8,
             clip_grad=1.0, bf16=cuda, params_dtype=dtype, use_distributed_optimizer=True,
@@ -158,12 +180,13 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
         ),
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=cuda,
-            overlap_param_gather=cuda, check_for_nan_in_grad=True, average_in_collective=False,
+            overlap_param_gather=cuda, average_in_collective=False,
+            check_for_nan_in_grad=False,  # it ends the run on the spot; the stability section decides instead
         ),
         dataset=WanDatasetProvider(),
         logger=LoggerConfig(log_interval=10, log_timers_to_tensorboard=False, tensorboard_log_interval=10),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
-        checkpoint=CheckpointConfig(
+        checkpoint=WanCheckpointConfig(
             save_interval=1000, ckpt_format="torch_dist", async_save=False, fully_parallel_save=True,
             dist_ckpt_optim_fully_reshardable=True,  # resumes under any layout, not only the one that saved
         ),

@@ -21,6 +21,8 @@ from wan_core.records import EncodeRecord, SampleRecord, TrainRecord
 CHANCE = {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS)}
 GOOD, BAD = "#14804a", "#b3261e"
 
+HELD_OUT = "#e08a1e"  # beside pictures' ACCENT
+
 
 @dataclass(frozen=True)
 class SampleResult:
@@ -89,8 +91,13 @@ def contact_sheet(samples: Sequence[SampleResult], path: Path) -> None:
     sheet.save(path, optimize=True)
 
 
-def plot_training(curve: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss over steps, and beside it the gradient norm and the speed."""
+def plot_training(curve: Sequence[dict[str, Any]], path: Path, validation: Sequence[dict[str, Any]] = ()) -> None:
+    """Loss over steps, with validations where there are any, and beside it the gradient norm and the speed.
+
+    Args:
+        curve: rows of metrics.jsonl.
+        validation: rows of validation.jsonl.
+    """
     iterations = np.array([row["iteration"] for row in curve])
     from matplotlib.figure import Figure
 
@@ -104,7 +111,11 @@ def plot_training(curve: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, key, title in panels:
         values = np.array([row[key] for row in curve], dtype=np.float64)
         axes.plot(iterations, values, color=ACCENT, linewidth=1, alpha=0.35)
-        axes.plot(iterations, _smoothed(values), color=ACCENT, linewidth=2)
+        axes.plot(iterations, _smoothed(values), color=ACCENT, linewidth=2, label="training")
+        if key == "loss" and validation:
+            places, losses = [row["iteration"] for row in validation], [row["loss"] for row in validation]
+            axes.plot(places, losses, color=HELD_OUT, linewidth=1.5, marker="o", markersize=4, label="validation")
+            axes.legend(frameon=False, fontsize=9, labelcolor=GREY)
         plain_axes(axes, title)
         axes.set_ylim(bottom=0)
         if key != "grad_norm":

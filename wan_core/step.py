@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.utils import get_model_config
 from torch import Tensor
@@ -46,7 +48,8 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
 
     Every rank draws the whole pack's noise, each sample's from its own seed: that costs less than sending it.
     """
-    sigmas = draw_sigmas(config, pack.seeds).to(device, non_blocking=True)
+    drawn = draw_sigmas(config, pack.seeds) if pack.sigmas is None else torch.tensor(pack.sigmas)
+    sigmas = drawn.to(device, non_blocking=True)
     grids = [GridSize.of(sample) for sample in pack.latents]
     whole = Packing.of(grids, pack.text_embeds, parallel.sequence_ranks)
     packing = whole.part(parallel.cp_rank, parallel.cp)
@@ -56,7 +59,7 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
         patches=patches[packing.start : packing.stop], target=target[packing.start : packing.stop],
         timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS,
         text_embeds=pack_text(pack.text_embeds).to(device, non_blocking=True),
-        loss_mask=packing.loss_mask(device),
+        loss_mask=packing.loss_mask(device) * pack.counts,
         token_weights=loss_weights(config, sigmas)[packing.sample_index(device)], packing=packing,
     )  # fmt: skip
 
@@ -89,19 +92,27 @@ def token_losses(inputs: StepInputs, predicted: Tensor) -> Tensor:
 
 
 def reduce_loss(inputs: StepInputs, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss triple: sum, number of real tokens, and what is averaged over the global batch for the log.
+    """Megatron's loss triple: sum, number of real tokens, and what is averaged over the global batch for the log."""
+    loss, num_tokens = token_losses(inputs, predicted).sum(), inputs.loss_mask.sum()
+    return loss, num_tokens.int(), {"loss": torch.stack((loss.detach(), num_tokens))}
 
-    Raises:
-        FloatingPointError: the loss is not finite.
-    """
-    loss = token_losses(inputs, predicted).sum()
-    if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss.item()} in a pack of grids {inputs.packing.grids} at timesteps "
-            f"{[round(t, 1) for t in inputs.timesteps.tolist()]}; lower optimizer.lr or clip_grad, or look at the data"
-        )
-    num_tokens = inputs.loss_mask.sum().int()
-    return loss, num_tokens, {"loss": torch.stack((loss.detach(), num_tokens.float()))}
+
+def reduce_validation_loss(
+    sigmas: Sequence[float], inputs: StepInputs, predicted: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same for validation: also the mean per noise level, none of them weighted."""
+    inputs = replace(inputs, token_weights=torch.ones_like(inputs.token_weights))
+    errors, device = token_losses(inputs, predicted), predicted.device
+    pair = torch.stack((errors, inputs.loss_mask), dim=-1)  # [local tokens, 2]
+    token_sigmas = (inputs.timesteps / NUM_TRAIN_TIMESTEPS).float()[inputs.packing.sample_index(device)]
+    levels = {level_name(s): pair[(token_sigmas - s).abs() < 1e-6].sum(0) for s in sigmas}
+    total = pair.sum(0)
+    return total[0], total[1].int(), {"loss": total, **levels}
+
+
+def level_name(sigma: float) -> str:
+    """Name of a noise level's loss in the logs."""
+    return f"loss at sigma {sigma:g}"
 
 
 def count_flops(state: Any, packing: Packing) -> None:
@@ -115,9 +126,15 @@ def count_flops(state: Any, packing: Packing) -> None:
 class WanStep:
     """The `forward_step_func` of Bridge's `pretrain`."""
 
-    def __init__(self, flow_matching: FlowMatchingConfig) -> None:
-        self.flow_matching = flow_matching
+    def __init__(self, flow_matching: FlowMatchingConfig, validation_sigmas: Sequence[float] = ()) -> None:
+        self.flow_matching, self.validation_sigmas = flow_matching, validation_sigmas
         self.data_seconds = 0.0  # spent waiting for packs, until somebody resets it
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the packs of the step before."""
+        self.keys: list[str] = []  # of the samples that this rank has taken
+        self._losses: list[Tensor] = []  # [sum, tokens] of each pack, on the last pipeline stage
 
     def __call__(self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> Any:
         """Returns the model's output and the function that turns it into the loss."""
@@ -126,9 +143,25 @@ class WanStep:
         pack = next(data_iterator)
         self.data_seconds += time.perf_counter() - begin
         inputs, predicted = forward(pack, model, self.flow_matching)
-        if model.training:
-            count_flops(state, inputs.packing)
-        return predicted, partial(reduce_loss, inputs)
+        if not model.training:
+            return predicted, partial(reduce_validation_loss, self.validation_sigmas, inputs)
+        count_flops(state, inputs.packing)
+        self.keys += pack.keys
+        return predicted, partial(self._reduce_loss, inputs)
+
+    def _reduce_loss(self, inputs: StepInputs, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        result = reduce_loss(inputs, predicted)
+        self._losses.append(result[2]["loss"])
+        return result
+
+    def global_loss(self) -> float:
+        """This step's loss over all ranks, the same on each. (Ranks that hold copies count alike, in both sums.)"""
+        total = torch.zeros(2, device="cuda")
+        for pair in self._losses:
+            total += pair
+        dist.all_reduce(total)
+        loss_sum, num_tokens = total.tolist()
+        return loss_sum / num_tokens
 
 
 def forward(pack: Pack, model: Any, config: FlowMatchingConfig) -> tuple[StepInputs, Tensor]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import megatron.bridge.training.eval as bridge_eval
 import megatron.bridge.training.initialize as bridge_initialize
 import megatron.bridge.training.setup as bridge_setup
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.pretrain import pretrain
 
-from wan_core.config import TrainConfig, check
+from wan_core import checkpoints
+from wan_core.checkpointing import Resume, prepare_resume
+from wan_core.config import TrainConfig
 from wan_core.convert.formats import readable
 from wan_core.ema import AverageWeights
 from wan_core.metrics_log import MetricsLog
 from wan_core.recipes import WanConfigContainer, build
+from wan_core.stability import Stability
 from wan_core.step import WanStep
 from wan_core.training_run import (
     check_encoders,
@@ -29,16 +35,46 @@ from wan_core.training_run import (
     write_record,
 )  # fmt: skip
 from wan_core.training_samples import SampleVideos
+from wan_core.validation import ValidationLog
+
+INTERRUPTED = 75  # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h
 
 
 def callbacks(container: WanConfigContainer, step: WanStep, model: Path | None, run_dir: Path) -> list[Callback]:
     """What goes along with the loop, in the order in which it is called."""
     decay, samples = container.optimizer.ema_decay, container.samples
-    result: list[Callback] = [AverageWeights(decay)] if decay else []
-    result.append(MetricsLog(container, step, run_dir))
+    result: list[Callback] = [Resume(), Stability(container.stability, step, run_dir)]
+    result += [AverageWeights(decay)] if decay else []
+    result += [MetricsLog(container, step, run_dir), ValidationLog(container, run_dir)]
     if samples.interval:
         result.append(SampleVideos(samples, model, run_dir, use_ema=bool(decay)))
     return result
+
+
+@contextlib.contextmanager
+def explained_end(container: WanConfigContainer) -> Iterator[None]:
+    """Say in a sentence why a run ends early.
+
+    Raises:
+        SystemExit: `INTERRUPTED`, where a signal or a time limit stopped the run, which Bridge ends with exit code 0.
+        RuntimeError: a data-loader worker died.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise
+        iteration = checkpoints.latest(Path(container.checkpoint.save)) if container.checkpoint.save else None
+        saved = f"saved at iteration {iteration}" if iteration is not None else "nothing saved"
+        print(f"interrupted, {saved}; the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"a process that reads training data died ({str(error).splitlines()[0]}), mostly for want of memory or of "
+            "room in /dev/shm; lower dataset.num_workers. The same command goes on from the last checkpoint"
+        ) from error
 
 
 def run(
@@ -59,16 +95,14 @@ def run(
 
     Raises:
         ValueError: the arguments do not make a run.
+        SystemExit: the run was asked to stop; it has saved, and its exit code says that it can go on.
     """
     started = time.monotonic()
     container = build(config, model_dir=model, dataset_dir=dataset, run_dir=run_dir, config_file=config_file, mock=mock)
     run_dir = run_dir or (Path(container.checkpoint.save) if container.checkpoint.save else None)
     if run_dir is None:
         raise ValueError("no output folder: give --run-dir DIR, or checkpoint.save=DIR")
-    check(
-        mock or container.dataset.path is not None,
-        "no dataset: give --dataset DIR (the index stage's output) or dataset.path=DIR, or --mock",
-    )
+    container.dataset.check()
     wanted = None
     if model and dataset and not config_file and not mock:
         check_encoders(dataset, model)
@@ -79,16 +113,19 @@ def run(
         claim(run_dir, noise_identity(container.flow_matching))
     run_dir.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ.get("RANK", 0))
+    prepare_resume(container, rank)
     # GPT dataset helpers, for which pip's megatron-core has no Makefile: compiling them would end the process.
     bridge_initialize.compile_helpers = lambda: None
+    bridge_eval.print_rank_last = lambda message: None  # tables of perplexities; ValidationLog says it in a line
     if container.model.initial_weights is not None:  # read by the provider; Bridge would want a Megatron checkpoint
         bridge_setup._create_peft_pre_wrap_hook = lambda cfg, state: partial(
             bridge_setup._apply_peft_transformation, cfg.peft
         )
-    checkpoint, step = container.checkpoint, WanStep(container.flow_matching)
+    checkpoint, step = container.checkpoint, WanStep(container.flow_matching, container.validation.sigmas)
     with (
         readable(checkpoint.load, checkpoint.ckpt_format) as checkpoint.load,
         readable(checkpoint.pretrained_checkpoint, checkpoint.ckpt_format) as checkpoint.pretrained_checkpoint,
+        explained_end(container),
     ):
         pretrain(container, step, callbacks=[*extra, *callbacks(container, step, model, run_dir)])
     if wanted and rank == 0:

@@ -24,6 +24,7 @@ from wan_core.records import (
 )
 
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
 IDENTITY_NAME = "identity.json"
 
 
@@ -45,6 +46,17 @@ class Metrics:
     tokens_per_second_per_rank: float = 0.0
     mfu: float | None = None  # tflops_per_rank / the GPU's bfloat16 peak; None where that is not known
     data_wait_share: float = 0.0  # of the time, this rank waited for packs
+    skipped_steps: int = 0  # bad steps without an update, since the run began
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation, see `wan_core.validation`."""
+
+    iteration: int
+    loss: float
+    losses: dict[str, float]  # per noise level
+    seconds: float
 
 
 def model_identity(model: Path, mode: str) -> str:
@@ -114,11 +126,15 @@ def claim(run_dir: Path, wanted: dict[str, Any]) -> None:
 
 def read_metrics(path: Path) -> Iterator[Metrics]:
     """The lines of a metrics file, of each iteration the last (a resumed run repeats some)."""
-    lines: dict[int, Metrics] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        metrics = Metrics(**json.loads(line))
-        lines[metrics.iteration] = metrics
-    yield from (lines[key] for key in sorted(lines))
+    lines = (Metrics(**values) for values in read_lines(path))
+    yield from (line for _, line in sorted({line.iteration: line for line in lines}.items()))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Values of the whole lines of a file of JSON lines; the last one lacks its end while it is written."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
 
 
 def write_record(run_dir: Path, config: TrainConfig, wanted: str, seconds: float) -> TrainRecord:
@@ -140,6 +156,11 @@ def forget_record(run_dir: Path) -> None:
     (run_dir / RECORD_NAME).unlink(missing_ok=True)
 
 
-def append_metrics(path: Path, metrics: Metrics) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+def append_line(path: Path, values: Any) -> None:
+    """Add a dataclass to a file of JSON lines. A line that a killed run left without its end is dropped first."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        text = file.read()
+        if not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
+        file.write(json.dumps(dataclasses.asdict(values)).encode() + b"\n")

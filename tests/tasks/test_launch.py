@@ -91,6 +91,25 @@ def test_an_error_that_would_come_again_is_not_retried(on_path: Path) -> None:
     assert not caught.value.retry
 
 
+def test_an_interrupted_run_says_where_it_goes_on_and_is_retried(on_path: Path) -> None:
+    name = program(
+        on_path,
+        """
+        print("interrupted, saved at iteration 12; the same command goes on from there", file=sys.stderr)
+        sys.exit(75)
+    """,
+    )
+    with pytest.raises(LaunchError, match="training was interrupted, saved at iteration 12; logs in ") as caught:
+        launch(LaunchConfig(), [name], on_path / "logs")
+    assert caught.value.retry
+
+
+def test_what_the_trainer_refuses_is_not_retried(on_path: Path) -> None:
+    name = program(on_path, "sys.exit('wan_core.train: dataset.path=x does not exist')")
+    with pytest.raises(ValueError, match=r"^dataset\.path=x does not exist \(logs in "):
+        launch(LaunchConfig(), [name], on_path / "logs")
+
+
 def test_interrupt_leaves_no_process(on_path: Path) -> None:
     pids = on_path / "pids"
     pids.mkdir()

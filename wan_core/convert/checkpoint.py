@@ -11,16 +11,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from wan_core import checkpoints
 from wan_core.architecture import Architecture
 from wan_core.config import check
 from wan_core.convert.mapping import parameter_names, stays_float32
 
-TRACKER = "latest_checkpointed_iteration.txt"
-
 
 def has_checkpoint(path: Path) -> bool:
     """Whether `iteration_dir` would find one."""
-    return (path / "run_config.yaml").is_file() or (path / TRACKER).is_file()
+    return (path / "run_config.yaml").is_file() or checkpoints.latest(path) is not None
 
 
 def checkpoint_format(folder: Path) -> str:
@@ -41,17 +40,14 @@ def iteration_dir(path: Path, iteration: int | None = None) -> Path:
     """
     if (path / "run_config.yaml").is_file() and iteration is None:
         return path
-    tracker = path / TRACKER
-    if iteration is None:
-        check(
-            tracker.is_file(),
-            f"{path} holds no checkpoint ({tracker.name} is missing); give the folder of checkpoint.save",
-        )
-        iteration = int(tracker.read_text())
-    folder = path / f"iter_{iteration:07d}"
-    found = ", ".join(sorted(p.name.removeprefix("iter_").lstrip("0") or "0" for p in path.glob("iter_*"))) or "none"
-    check((folder / "run_config.yaml").is_file(), f"{path} has no checkpoint of iteration {iteration}; it has: {found}")
-    return folder
+    whole = checkpoints.whole_iterations(path)
+    check(len(whole) > 0, f"{path} holds no checkpoint; give the folder of checkpoint.save")
+    iteration = whole[-1] if iteration is None else iteration
+    check(
+        iteration in whole,
+        f"{path} has no checkpoint of iteration {iteration}; it has: {', '.join(map(str, whole))}",
+    )
+    return checkpoints.folder_of(path, iteration)
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -27,9 +27,12 @@ class TrainingSample(Sample):
 class Pack(Sample):
     """Samples that share one sequence."""
 
+    keys: list[str]  # of the samples
     latents: list[Tensor]  # [C, T, H, W] each
     text_embeds: list[Tensor]  # [n <= 512, text_dim] each
     seeds: list[int]
+    sigmas: list[float] | None = None  # in validation: given noise levels; in training each follows from its seed
+    counts: bool = True  # False: it only keeps a rank in step with the others, and no loss is taken of it
 
     def __getstate__(self) -> dict[str, Any]:
         """Lists of tensors as one tensor each: a worker process hands each tensor over by a file descriptor."""
@@ -44,8 +47,8 @@ class Pack(Sample):
     def of(cls, samples: list[TrainingSample]) -> Pack:
         """Pack samples in order."""
         return cls.derive_from(
-            samples[0], latents=[s.latents for s in samples], text_embeds=[s.text_embeds for s in samples],
-            seeds=[s.seed for s in samples],
+            samples[0], keys=[s.__key__ for s in samples], latents=[s.latents for s in samples],
+            text_embeds=[s.text_embeds for s in samples], seeds=[s.seed for s in samples],
         )  # fmt: skip
 
 

@@ -1,76 +1,198 @@
-"""An indexed dataset as an endless, savable stream of packs."""
+"""One data-parallel rank's packs, read ahead by worker processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
-from megatron.energon.errors import reraise_exception
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from wan_core.config import check
-from wan_core.data.batch import Pack
-from wan_core.data.task_encoder import WanTaskEncoder
+from wan_core.data.batch import Pack, TrainingSample
+from wan_core.data.blend import METADATASET_NAME, members_of
+from wan_core.data.index import META_FOLDER
+from wan_core.data.stream import Draw, PackStream, Position
+from wan_core.data.table import SampleTable
+from wan_core.packing import first_fit_decreasing
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
     """How packs are made from shards."""
 
-    path: str  # output of the index stage, or an Energon metadataset beside an empty_text.pt
+    path: str  # output of the index stage, a blend of several, or an Energon metadataset's YAML
     tokens_per_pack: int
     packing_buffer_size: int
-    shuffle_buffer_size: int
     caption_dropout: float
     num_workers: int
+    seed: int
+    stratified: bool = False
 
-    def __post_init__(self) -> None:
+
+def sources(path: Path, split: str) -> list[tuple[Path, float]]:
+    """The datasets behind a path, and their weights.
+
+    Raises:
+        ValueError: there is nothing, or the YAML is no blend of datasets.
+    """
+    check(path.exists(), f"dataset.path={path} does not exist; give the folder that the index stage wrote")
+    if path.is_dir() and not (path / METADATASET_NAME).is_file():
+        check(any(path.iterdir()), f"dataset.path={path} is empty; give the folder that the index stage wrote")
         check(
-            Path(self.path).is_file() or (Path(self.path) / ".nv-meta" / "dataset.yaml").is_file(),
-            f"dataset.path={self.path} holds no Energon metadata (.nv-meta/dataset.yaml); run the index stage on it, "
+            (path / META_FOLDER / "dataset.yaml").is_file(),
+            f"dataset.path={path} holds no Energon metadata ({META_FOLDER}/dataset.yaml); run the index stage on it, "
             "or give the folder that it wrote",
         )
+        return [(path, 1.0)]
+    if path.is_dir():
+        members_of(path)  # refuses a blend whose members have changed
+        path = path / METADATASET_NAME
+    description = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = (description or {}).get("splits", {}).get(split, {}).get("blend", [])
+    check(
+        bool(entries) and all("path" in entry for entry in entries),
+        f"dataset.path={path} has no `splits: {split}: blend:` of datasets with path and weight; run `wan blend`, "
+        "or give the folder that the index stage wrote",
+    )
+    return [(path.parent / entry["path"], float(entry.get("weight", 1.0))) for entry in entries]
+
+
+class _Packs(Dataset[Any]):
+    """Reads the samples of a pack; runs in the workers. What is damaged comes back as a value, without a traceback."""
+
+    def __init__(
+        self, tables: Sequence[SampleTable], empty_text: Tensor, sigmas: Sequence[float] = (),
+        stand_in: Sequence[Draw] = (),
+    ) -> None:  # fmt: skip
+        self.tables, self.empty_text, self.sigmas, self.stand_in = tables, empty_text, sigmas, stand_in
+
+    def __getitem__(self, draws: Sequence[Draw]) -> Pack | ValueError:
+        chosen = draws or self.stand_in
+        try:
+            pack = Pack.of([self.sample(draw) for draw in chosen])
+        except ValueError as error:
+            return error
+        if self.sigmas:
+            pack.sigmas = [self.sigmas[draw.sigma] for draw in chosen]
+            pack.counts = len(draws) > 0
+        return pack
+
+    def sample(self, draw: Draw) -> TrainingSample:
+        table = self.tables[draw.source]
+        key, members = str(table.keys[draw.index]), table.load(draw.index)
+        sample = TrainingSample(
+            __key__=key, __restore_key__=(), latents=members["pth"], seed=draw.seed,
+            text_embeds=self.empty_text if draw.drop_caption else members["pickle"],
+        )  # fmt: skip
+        planned = int(table.num_tokens[draw.index])
+        check(
+            sample.num_tokens == planned,
+            f"sample {key!r} of {table.folder} has latents of {sample.num_tokens} tokens, but its side-info says "
+            f"{planned}; encode its source again",
+        )
+        return sample
 
 
 class PackLoader:
-    """Packs of one data-parallel rank, without end; its position can be saved and restored."""
+    """Packs of one data-parallel rank, without end."""
 
     def __init__(
-        self, config: LoaderConfig, split: Literal["train", "val"], rank: int, world_size: int,
-        group: dist.ProcessGroup | None = None,
+        self, dataset: _Packs, order: Iterator[tuple[Position, list[Draw]]], start: Position, rank: int,
+        world_size: int, num_workers: int,
     ) -> None:  # fmt: skip
-        workers = WorkerConfig(
-            rank=rank, world_size=world_size, num_workers=config.num_workers, data_parallel_group=group,
-            global_error_handler=reraise_exception,  # by default damaged samples are skipped, with a line in the log
+        self.position = start  # of all ranks together, behind the last pack that this rank handed out
+        self._world_size = world_size
+        self._issued: deque[Position] = deque()  # positions of the packs on their way
+        self._loader = DataLoader(
+            dataset, batch_size=None, sampler=self._numbered(islice(order, rank, None, world_size)),
+            num_workers=num_workers, collate_fn=_unchanged,
+            generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
-        folder = Path(config.path).parent if Path(config.path).is_file() else Path(config.path)
-        empty_text = torch.load(folder / "empty_text.pt", weights_only=True)
-        dropout = config.caption_dropout if split == "train" else 0.0
-        dataset = get_train_dataset(
-            config.path, split_part=split, worker_config=workers, batch_size=1,
-            task_encoder=WanTaskEncoder(config.tokens_per_pack, dropout, empty_text),
-            packing_buffer_size=config.packing_buffer_size, shuffle_buffer_size=config.shuffle_buffer_size,
-            max_samples_per_sequence=None,
-        )  # fmt: skip
-        self._loader = get_savable_loader(dataset)
-        self._packs: Iterator[Pack] | None = None
+        self._packs: Iterator[Pack | ValueError] | None = None
+
+    def _numbered(self, order: Iterator[tuple[Position, list[Draw]]]) -> Iterator[list[Draw]]:
+        for position, draws in order:
+            self._issued.append(position)
+            yield draws
 
     def __iter__(self) -> PackLoader:
         return self
 
     def __next__(self) -> Pack:
+        """Raises `ValueError` where a sample is damaged."""
         if self._packs is None:
             self._packs = iter(self._loader)
-        return next(self._packs)
+        pack = next(self._packs)
+        if isinstance(pack, ValueError):
+            raise pack
+        place = self._issued.popleft()
+        self.position = Position(self.position.pack + self._world_size, place.window, place.first)
+        return pack
 
-    def save_state(self) -> Any:
-        return self._loader.save_state_rank()
 
-    def restore_state(self, state: Any) -> None:
-        """Go on behind the pack after which the state was saved. Only before the first pack is read."""
-        assert self._packs is None, "restore_state after iteration began"
-        self._loader.restore_state_rank(state)
+def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
+    return pack
+
+
+def train_loader(config: LoaderConfig, rank: int, world_size: int, start: Position) -> PackLoader:
+    """This rank's training packs from a position on.
+
+    Raises:
+        ValueError: the dataset is missing, not indexed, empty, or has a sample that exceeds a pack.
+    """
+    found = sources(Path(config.path), "train")
+    tables = [SampleTable.read(folder, "train") for folder, _ in found]
+    stream = PackStream(
+        tuple(table.num_tokens for table in tables), tuple(weight for _, weight in found), config.tokens_per_pack,
+        config.packing_buffer_size, config.caption_dropout, config.seed, config.stratified,
+    )  # fmt: skip
+    packs = _Packs(tables, _empty_text(found[0][0]))
+    return PackLoader(packs, stream.packs(start), start, rank, world_size, config.num_workers)
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """A fixed set of packs: the first samples of the val split by key, each at every sigma, noised by its key."""
+
+    tables: tuple[SampleTable, ...]
+    packs: tuple[tuple[Draw, ...], ...]  # an empty one stands in where the ranks' shares would be unequal
+    sigmas: tuple[float, ...]
+    empty_text: Tensor  # [n, text_dim]
+
+    @classmethod
+    def of(cls, config: LoaderConfig, sigmas: Sequence[float], max_samples: int, packs_per_step: int) -> ValidationPlan:
+        """Raises `ValueError` where there is no val split."""
+        found = sources(Path(config.path), "val")
+        tables = tuple(SampleTable.read(folder, "val") for folder, _ in found)
+        named = [(str(key), source, i) for source, table in enumerate(tables) for i, key in enumerate(table.keys)]
+        draws = [
+            Draw(source, index, seed=_key_seed(key), sigma=number)
+            for key, source, index in sorted(named)[:max_samples]
+            for number in range(len(sigmas))
+        ]
+        lengths = [int(tables[draw.source].num_tokens[draw.index]) for draw in draws]
+        packs = [tuple(draws[i] for i in pack) for pack in first_fit_decreasing(lengths, config.tokens_per_pack)]
+        packs += [()] * (-len(packs) % packs_per_step)
+        return cls(tables, tuple(packs), tuple(sigmas), _empty_text(found[0][0]))
+
+    def loader(self, rank: int, world_size: int, num_workers: int) -> PackLoader:
+        """This rank's share, over and over."""
+        packs = _Packs(self.tables, self.empty_text, self.sigmas, self.packs[0])
+        order = ((Position(), list(draws)) for draws in cycle(self.packs))
+        return PackLoader(packs, order, Position(), rank, world_size, min(num_workers, 1))
+
+
+def _key_seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 2
+
+
+def _empty_text(folder: Path) -> Tensor:
+    return torch.load(folder / "empty_text.pt", weights_only=True)

@@ -170,6 +170,27 @@ def decode_member(name: str, raw: bytes) -> Any:
     return value
 
 
+def read_members(key: str, raw: bytes) -> dict[str, Any]:
+    """The decoded members of a sample, by extension, from its bytes in a shard.
+
+    Raises:
+        ValueError: they are not those of this sample.
+    """
+    members: dict[str, Any] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+            for member in tar:
+                name, _, extension = member.name.partition(".")
+                if name != key:
+                    raise ValueError(f"found {member.name!r} in place of sample {key!r}; run shard and index again")
+                content = tar.extractfile(member)
+                assert content is not None, member.name
+                members[extension] = decode_member(member.name, content.read())
+    except tarfile.TarError as error:
+        raise ValueError(f"sample {key!r} is not a tar's: {error}; run shard and index again") from error
+    return members
+
+
 class SafeDecoder(SampleDecoder):
     """Energon's hook for decoding samples; its default would run what a shard's pickles say."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import cycle
 
 import torch
 
 from wan_core.config import STRICT, check
 from wan_core.data.batch import Pack, TrainingSample, random_seed
+from wan_core.data.stream import Position
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,35 @@ class SyntheticConfig:
 
 
 class SyntheticLoader:
-    """Endless packs: data-parallel rank r of n gets numbers r, r + n, r + 2n ..."""
+    """Endless packs: data-parallel rank r of n gets numbers start + r, start + r + n, start + r + 2n ..."""
 
-    def __init__(self, config: SyntheticConfig, rank: int, world_size: int) -> None:
-        self.config, self.rank, self.world_size, self.step = config, rank, world_size, 0
+    def __init__(self, config: SyntheticConfig, rank: int, world_size: int, start: Position = Position()) -> None:
+        self.config, self.rank, self.world_size, self.position = config, rank, world_size, start
 
     def __iter__(self) -> SyntheticLoader:
         return self
 
     def __next__(self) -> Pack:
-        pack = self.config.pack(self.step * self.world_size + self.rank)
-        self.step += 1
+        pack = self.config.pack(self.position.pack + self.rank)
+        self.position = Position(self.position.pack + self.world_size)
         return pack
 
-    def save_state(self) -> dict[str, Any]:
-        return {"step": self.step}
 
-    def restore_state(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+class SyntheticValidation:
+    """The first `num_packs` packs, over and over, their samples at the fixed noise levels in turn."""
+
+    def __init__(
+        self, config: SyntheticConfig, sigmas: Sequence[float], num_packs: int, rank: int, world_size: int
+    ) -> None:
+        self.config, self.sigmas = config, sigmas
+        self.numbers = cycle(range(rank, num_packs, world_size))
+
+    def __iter__(self) -> SyntheticValidation:
+        return self
+
+    def __next__(self) -> Pack:
+        number = next(self.numbers)
+        pack = self.config.pack(number)
+        first = number * len(pack.latents)
+        pack.sigmas = [self.sigmas[(first + i) % len(self.sigmas)] for i in range(len(pack.latents))]
+        return pack
