@@ -112,14 +112,6 @@ def members_of(folder: Path) -> list[Path]:
     return paths
 
 
-def dataset_path(folder: Path) -> Path:
-    """What Energon is to open: a blend's description, whose members are looked at first, or any other path itself."""
-    if not (folder / METADATASET_NAME).is_file():
-        return folder
-    members_of(folder)
-    return folder / METADATASET_NAME
-
-
 def _member(path: Path) -> IndexRecord:
     check((path / records.RECORD_NAME).is_file(), f"{path} is no indexed dataset; run `wan index`, or check the path")
     values = json.loads((path / records.RECORD_NAME).read_text(encoding="utf-8"))
