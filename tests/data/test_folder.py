@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -20,25 +18,6 @@ FILES = {
     "c.mkv": b"third", "metadata.jsonl": b'{"file_name": "c.mkv", "caption": "drei", "end_frame": 8}\n',
     "lonely.mov": b"no caption", ".hidden/d.mp4": b"4", ".hidden.mp4": b"5",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """URL of an empty bucket."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
 
 
 def upload(url: str, files: dict[str, bytes] = FILES) -> str:

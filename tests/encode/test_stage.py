@@ -4,6 +4,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -213,3 +214,17 @@ def test_shards_do_not_depend_on_how_clips_were_grouped(videos: Path, tiny_model
         record = shards.run(ShardConfig(val_share=0.2, max_samples=3), encoded, tmp_path / f"shard{clips_per_part}")
         found.append({name: (record.path / name).read_bytes() for name in record.files})
     assert len(found[0]) >= 4 and found[0] == found[1] == found[2]
+
+
+def test_clips_in_a_bucket_encode_as_on_disk(videos: Path, tiny_model: Path, tmp_path: Path, s3: str) -> None:
+    fsspec.filesystem("s3").put(f"{videos}/", "bucket/encode/", recursive=True)
+    local = stage.run(CONFIG, videos, tiny_model, tmp_path / "local")
+    remote = stage.run(CONFIG, f"{s3}/encode", tiny_model, tmp_path / "remote")
+    assert remote.num_clips == 7 and remote.num_quarantined == 0
+
+    def by_caption(record: EncodeRecord) -> dict[str, torch.Tensor]:
+        return {sample["json"]["caption"]: sample["pth"] for sample in read_samples(record).values()}
+
+    expected, found = by_caption(local), by_caption(remote)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert stage.run(CONFIG, f"{s3}/encode", tiny_model, tmp_path / "remote") == remote
