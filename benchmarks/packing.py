@@ -13,7 +13,9 @@ import json
 import random
 import time
 
-from wan_core.packing import first_fit_decreasing
+import numpy as np
+
+from wan_core.data.stream import PackStream
 
 SIZES = ((256, 448), (448, 256), (320, 320), (480, 832), (832, 480), (624, 624), (720, 1280), (1280, 720))
 BUDGETS = (75600, 151200, 302400)  # the longest sample, twice and four times that
@@ -38,9 +40,8 @@ def main() -> None:
     for budget in BUDGETS:
         for buffer in BUFFERS:
             begin = time.perf_counter()
-            packs = sum(
-                len(first_fit_decreasing(tokens[i : i + buffer], budget)) for i in range(0, len(tokens), buffer)
-            )
+            stream = PackStream((np.array(tokens),), (1.0,), budget, buffer, caption_dropout=0.1, seed=0)
+            packs = sum(len(stream.window(window)) for window in range(len(tokens) // buffer))
             row = {
                 "tokens_per_pack": budget, "packing_buffer_size": buffer, "mean_tokens": sum(tokens) // len(tokens),
                 "real": round(sum(tokens) / packs / budget, 4),

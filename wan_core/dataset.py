@@ -22,7 +22,7 @@ class WanDatasetProvider(DatasetProvider):
 
     path: str | None = None  # output of the index stage, or a blend of several
     tokens_per_pack: int = 37440
-    packing_buffer_size: int = 64  # samples among which packs are filled
+    packing_buffer_size: int = 512  # samples among which packs are filled
     caption_dropout: float = 0.1  # taken from flow_matching.caption_dropout
     seed: int = 1234  # taken from rng.seed
     stratified: bool = False  # taken from flow_matching.stratified

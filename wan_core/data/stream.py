@@ -52,7 +52,7 @@ class PackStream:
 
     def __post_init__(self) -> None:
         count = len(self.num_tokens)
-        check(self.buffer_size >= 1, f"dataset.packing_buffer_size={self.buffer_size} is below 1; choose 64")
+        check(self.buffer_size >= 1, f"dataset.packing_buffer_size={self.buffer_size} is below 1; choose 512")
         check(
             self.buffer_size >= count * (count - 1),
             f"dataset.packing_buffer_size={self.buffer_size} is too small to blend {count} datasets; "
