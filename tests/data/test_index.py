@@ -97,7 +97,7 @@ def test_of_a_grown_dataset_only_the_new_shards_are_read(tmp_path: Path) -> None
     index.run(quick, after, tmp_path / "whole")
     kept = [n for n in after.shards if n in before.shards and os.path.samefile(before.path / n, after.path / n)]
     assert len(kept) > len(after.shards) / 2
-    for name in kept:  # whoever reads them now finds no sample
+    for name in set(kept) - {min(after.shards)}:  # whoever reads them now finds no sample; the card reads the first
         (after.path / name).write_bytes(bytes(after.files[name]))
     index.run(quick, after, tmp_path / "grown", earlier=tmp_path / "index")
     assert metadata(tmp_path / "grown") == metadata(tmp_path / "whole")
