@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from wan_core.parallel import Parallel
 from wan_core.patch import GridSize
 
 HEADS, DIM = 2, 8
+RANKS = (2, 3)
 PACKS = {
     "odd lengths and padding": ((1, 3, 5), (1, 2, 2), (2, 4, 3), (1, 1, 1)),
     "one sample": ((2, 4, 6),),
@@ -51,10 +54,19 @@ def _rank(rank: int, ranks: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_together_attend_as_one(tmp_path: Path, ranks: int) -> None:
-    start_processes(_rank, (ranks, tmp_path), nprocs=ranks, start_method="fork")
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each rank of 2 and of 3 found. They are forks of a fresh process: one that has run tests has threads."""
+    folder = tmp_path_factory.mktemp("ring")
+    command = [sys.executable, "-m", "tests.model.test_ring", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_ranks_together_attend_as_one(runs: Path, ranks: int) -> None:
+    parts = [torch.load(runs / str(ranks) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for name in PACKS:
         packing = pack(name, ranks)
         q, k, v, grad = tensors(packing)
@@ -65,3 +77,10 @@ def test_ranks_together_attend_as_one(tmp_path: Path, ranks: int) -> None:
             together = torch.cat([part[name][index] for part in parts])
             # float32 accumulators between the blocks
             torch.testing.assert_close(together, whole, rtol=1e-5, atol=1e-6)
+
+
+if __name__ == "__main__":
+    for ranks in RANKS:
+        folder = Path(sys.argv[1]) / str(ranks)
+        folder.mkdir()
+        start_processes(_rank, (ranks, folder), nprocs=ranks, start_method="fork")
