@@ -11,13 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from wan_core.config import PipelineConfig, Size, check
-
-# First words of the trainer's keys: the sections of Megatron-Bridge's ConfigContainer and our own.
-TRAINER_SECTIONS = (
-    "train", "model", "optimizer", "scheduler", "dataset", "checkpoint", "logger", "flow_matching", "ddp", "dist",
-    "rng", "validation", "mixed_precision", "profiling", "tokenizer", "peft", "comm_overlap", "ft", "straggler",
-    "nvrx_straggler", "rerun_state_machine", "inprocess_restart", "tensor_inspect", "env_vars",
-)  # fmt: skip
+from wan_core.trainer_keys import check_trainer_key, sections
 
 
 def pipeline_keys(kind: type = PipelineConfig, prefix: str = "") -> dict[str, Any]:
@@ -77,18 +71,19 @@ def apply_overrides(config: PipelineConfig, overrides: Iterable[str]) -> Pipelin
         ValueError: no `=`, an unknown key, or a value that cannot work.
     """
     keys, values, for_trainer = pipeline_keys(), asdict(config), list(config.train.overrides)
-    known = [*keys, *(section + "." for section in TRAINER_SECTIONS)]
+    known = [*keys, *(section + "." for section in sections())]
     for text in overrides:
         key, equals, value = text.partition("=")
         check(bool(equals), f"{text!r} is not key=value; write for example encode.max_frames=81")
-        section = key.lstrip("+~").partition(".")[0]
+        section = key.partition(".")[0]
         if key in keys:
             *path, last = key.split(".")
             place = values
             for part in path:
                 place = place[part]
             place[last] = _value(key, keys[key], value)
-        elif section in TRAINER_SECTIONS and "." in key:
+        elif section in sections() and "." in key:
+            check_trainer_key(key)
             for_trainer.append(text)
         else:
             ours = [name for name in keys if name.startswith(section + ".")]

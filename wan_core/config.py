@@ -2,7 +2,8 @@
 
 Two kinds of field live here. What is computed enters a stage's fingerprint; where or how often it is computed
 (workers, GPUs, part sizes, intervals) does not, and is marked `place()`. A value that cannot work raises
-`ValueError` with the value, the rule and the remedy.
+`ValueError` with the value, the rule and the remedy. The text below a field is its description, also in the form of
+Prefect's UI and in `wan keys`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict
+
+from wan_core.trainer_keys import check_trainer_key
 
 VAE_TEMPORAL_STRIDE = 4
 VAE_SPATIAL_STRIDE = 8
@@ -22,7 +25,8 @@ IMAGE_LENGTH = 257  # tokens of CLIP ViT-H, one of them for the whole image: wha
 Stage = Literal["encode", "shard", "index", "train", "convert", "sample", "evaluate"]
 STAGES: tuple[Stage, ...] = ("encode", "shard", "index", "train", "convert", "sample", "evaluate")
 
-STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error, also in Prefect's form
+# A misspelt key is an error, also in Prefect's form, which shows the docstrings of fields.
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def place(default: Any) -> Any:
@@ -59,7 +63,9 @@ class Size:
     """Pixels of a video; both sides are multiples of 16 (VAE stride 8 x patch 2)."""
 
     height: int
+    """Pixels, a multiple of 16."""
     width: int
+    """Pixels, a multiple of 16."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -96,22 +102,38 @@ def num_tokens(num_frames: int, size: Size) -> int:
 class EncodeConfig:
     """Raw clips to latents and text embeddings."""
 
-    sizes: tuple[Size, ...] = (Size(480, 832),)  # a clip goes to the size of nearest aspect ratio
-    tokens_per_sample: int = 0  # above 0: buckets of at most so many tokens, see encode/buckets.py
-    bucket_frames: tuple[int, ...] = (17, 33, 49, 81)  # lengths of buckets; their areas are those of `sizes`
+    sizes: tuple[Size, ...] = (Size(480, 832),)
+    """Sizes of the encoded clips; a clip goes to the one of nearest aspect ratio."""
+    tokens_per_sample: int = 0
+    """Above 0: buckets of at most so many tokens, of several lengths and shapes, instead of `sizes` alone."""
+    bucket_frames: tuple[int, ...] = (17, 33, 49, 81)
+    """Lengths of buckets; their areas are those of `sizes`."""
     max_frames: int = 81
-    min_frames: int = 5  # shorter clips are quarantined
+    """Frames of a clip at most, 4n+1; the rest is cut off."""
+    min_frames: int = 5
+    """Clips with fewer frames go to the quarantine."""
     fps: float = 16.0
-    mode: Literal["video", "frames"] = "video"  # frames: one latent per clip from its first frame
-    center_crop: bool = True  # False: stretch to the size
-    window_frames: int = 0  # above 0: long clips are cut into windows of so many frames (at fps)
-    window_stride: int = 0  # frames from one window's start to the next's; 0: window_frames
-    scene_detector: Literal["none", "content", "adaptive"] = "none"  # PySceneDetect's; clips end at its cuts
-    scene_threshold: float = 0.0  # 0: the detector's own
-    vae_dtype: Literal["float32", "tfloat32", "float16", "bfloat16"] = "float32"  # what its products are of
-    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # never float16: UMT5 overflows to zeros
+    """Frames per second that clips are resampled to."""
+    mode: Literal["video", "frames"] = "video"
+    """video, or frames: one latent per clip, from its first frame."""
+    center_crop: bool = True
+    """Cut to the size's aspect ratio; False stretches."""
+    window_frames: int = 0
+    """Above 0: long clips are cut into windows of so many frames (at `fps`)."""
+    window_stride: int = 0
+    """Frames from one window's start to the next's; 0: `window_frames`."""
+    scene_detector: Literal["none", "content", "adaptive"] = "none"
+    """PySceneDetect's detector; clips end at its cuts."""
+    scene_threshold: float = 0.0
+    """Of the scene detector; 0: its own."""
+    vae_dtype: Literal["float32", "tfloat32", "float16", "bfloat16"] = "float32"
+    """What the VAE's products are of."""
+    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Arithmetic of the text encoder. Never float16: UMT5 overflows to zeros."""
     clips_per_part: int = place(64)
-    max_quarantine_share: float = place(0.2)  # above it the stage fails
+    """Clips that one task encodes; a failure costs at most this much work."""
+    max_quarantine_share: float = place(0.2)
+    """The stage fails when a larger share of the clips cannot be used."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -168,11 +190,17 @@ class ShardConfig:
     """Parts to shuffled WebDataset shards, split by clip digest."""
 
     max_samples: int = 1000
+    """Samples of one shard at most."""
     max_bytes: int = 1 << 30
+    """Bytes of one shard at most."""
     val_share: float = 0.02
+    """Share of the clips that validation keeps; the split follows a clip's digest."""
     test_share: float = 0.0
+    """Share of the clips that nothing but a test may see."""
     seed: int = 0
-    workers: int = place(4)  # shards written at a time
+    """Seed of the samples' order in the shards."""
+    workers: int = place(4)
+    """Shards that are written at a time."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -191,6 +219,7 @@ class IndexConfig:
     """Energon metadata."""
 
     workers: int = place(2)
+    """Processes that read the shards."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -210,8 +239,11 @@ class TrainConfig:
     """One training run: a recipe, a mode and overrides in the keys of Bridge's ConfigContainer."""
 
     recipe: str = "wan_1_3b"
+    """Name of a file of wan_core/conf."""
     mode: Literal["pretrain", "finetune"] = "pretrain"
-    overrides: tuple[str, ...] = ()  # key=value, for example train.train_iters=1000
+    """pretrain starts from random weights, finetune from the model's."""
+    overrides: tuple[str, ...] = ()
+    """key=value in the trainer's own keys, for example train.train_iters=1000."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -221,6 +253,7 @@ class TrainConfig:
                 bool(equals) and bool(key.strip()),
                 f"override {text!r} is not key=value; write for example train.train_iters=1000",
             )
+            check_trainer_key(key.strip())
 
     def resumable(self) -> TrainConfig:
         """This config without the overrides that a resumed run may change: its fingerprint names the run folder."""
@@ -232,9 +265,12 @@ class TrainConfig:
 class ConvertConfig:
     """Checkpoint to Diffusers folder."""
 
-    iteration: int | None = None  # None: the latest
-    weights: Literal["model", "ema"] = "model"  # ema: their moving averages, of a run with optimizer.ema_decay
+    iteration: int | None = None
+    """Checkpoint to convert; empty: the latest."""
+    weights: Literal["model", "ema"] = "model"
+    """ema: their moving averages, of a run with optimizer.ema_decay."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the written weights."""
     __pydantic_config__ = STRICT
 
 
@@ -250,16 +286,27 @@ class SampleConfig:
     """Videos from prompts."""
 
     prompts: tuple[str, ...] = ()
+    """One video each."""
     negative_prompt: str = NEGATIVE_PROMPT
+    """What guidance leads away from."""
     size: Size = Size(480, 832)
+    """Size of the videos."""
     num_frames: int = 81
+    """Frames of each video, 4n+1."""
     fps: float = 16.0
+    """Frames per second of the written videos."""
     num_steps: int = 50
+    """Steps of the sampler."""
     guidance_scale: float = 5.0
+    """Strength of classifier-free guidance; 1: none."""
     shift: float = 5.0
-    seed: int = 0  # prompt i uses seed + i
+    """Shift of the noise levels: 3 at 480p, 5 at 720p."""
+    seed: int = 0
+    """Prompt i uses seed + i."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    batch_tokens: int = place(1)  # prompts are packed into one forward up to this many tokens; at least one prompt
+    """Arithmetic of the transformer."""
+    batch_tokens: int = place(1)
+    """Prompts are packed into one forward up to this many tokens; at least one prompt."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -275,7 +322,8 @@ class SampleConfig:
 class EvaluateConfig:
     """Metrics and report over samples."""
 
-    checker: Literal["none", "shapes"] = "none"  # shapes: colour, shape and direction of the demo's prompts
+    checker: Literal["none", "shapes"] = "none"
+    """shapes measures colour, shape and direction of the demo's prompts."""
     __pydantic_config__ = STRICT
 
 
@@ -283,10 +331,14 @@ class EvaluateConfig:
 class RayConfig:
     """Where encode runs: Ray actors, each holding one VAE and one text encoder."""
 
-    address: str | None = None  # None: a local Ray of this flow's own
+    address: str | None = None
+    """Address of a Ray cluster, for example ray://head:10001; empty: a Ray of this run's own on this machine."""
     actors: int = 1
+    """Encoders that work side by side, one per GPU."""
     gpus_per_actor: float = 0.0
+    """GPUs of each; 0 encodes on CPUs."""
     cpus_per_actor: float = 1.0
+    """CPU cores that Ray sets aside for each."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -298,9 +350,13 @@ class LaunchConfig:
     """Where train runs: torchrun on this machine, on the nodes of a Ray cluster, or under Slurm."""
 
     launcher: Literal["local", "ray", "slurm"] = "local"
+    """torchrun on this machine, on the nodes of the Ray cluster, or under Slurm."""
     nodes: int = 1
+    """Machines that train."""
     processes_per_node: int = 1
+    """Ranks on each machine, one per GPU."""
     gpus_per_node: int = 0
+    """GPUs of each machine; 0 trains on CPUs with gloo."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -318,7 +374,8 @@ class LaunchConfig:
 class PipelineConfig:
     """The end-to-end flow: one config per stage, and where the two heavy stages run."""
 
-    name: str = "wan"  # names the dataset and the run inside the workspace
+    name: str = "wan"
+    """Names the dataset and the run inside the workspace."""
     encode: EncodeConfig = EncodeConfig()
     shard: ShardConfig = ShardConfig()
     index: IndexConfig = IndexConfig()

@@ -31,6 +31,8 @@ def test_values_reach_their_fields_and_the_trainer() -> None:
         ("encode.max_frame=49", "encode.max_frame is no key of the config; did you mean encode.max_frames?"),
         ("enode.fps=8", "did you mean encode.fps?"),
         ("optimiser.lr=1", "did you mean optimizer."),
+        ("optimizer.lrr=1", "optimizer.lrr is no key of the trainer; did you mean optimizer.lr?"),
+        ("model.num_layer=2", "did you mean model.num_layers?"),
         ("encode.max_frames=82", "max_frames=82 is not 4n+1"),
         ("encode.max_frames=many", "encode.max_frames='many': input should be a valid integer"),
         ("encode.sizes=480", "size '480' is not HEIGHTxWIDTH"),

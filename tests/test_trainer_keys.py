@@ -1,0 +1,52 @@
+"""The list of the trainer's keys, which flows check overrides against, and the trainer's own classes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wan_core import presets
+from wan_core.config import RESUMABLE_KEYS, TrainConfig
+from wan_core.trainer_keys import FILE, trainer_keys
+
+WRITE = "python -m wan_core.trainer_schema"
+
+
+def test_the_list_is_what_the_trainer_has(tmp_path: Path) -> None:
+    """In a process of its own, because the CPU runtime must be there before Megatron is."""
+    written = tmp_path / "keys.txt"
+    command = [sys.executable, *WRITE.split()[1:], str(written)]
+    done = subprocess.run(command, cwd=FILE.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(written.read_text().split()) == trainer_keys(), f"a config has changed: run `{WRITE}`"
+
+
+def test_recipes_presets_and_resumable_keys_use_keys_of_the_list() -> None:
+    for recipe in FILE.parent.glob("*.yaml"):
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        keys = [
+            f"{section}.{key}" for section in values if isinstance(values[section], dict) for key in values[section]
+        ]
+        assert keys and not set(keys) - trainer_keys()
+    for name in presets.PRESETS:
+        assert presets.get(name).train.recipe in {path.stem for path in FILE.parent.glob("*.yaml")}
+    for prefix in RESUMABLE_KEYS:
+        assert any(key.startswith(prefix) for key in trainer_keys()), prefix
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr is no key of the trainer; did you mean optimizer.lr?"),
+        ("optimiser.lr=1", "did you mean optimizer.lr?"),
+        ("nonsense=1", "its sections are checkpoint, comm_overlap,"),
+    ],
+)
+def test_a_config_with_an_unknown_key_cannot_be_made(override: str, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(overrides=(override,))
+    assert words in str(caught.value)
