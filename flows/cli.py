@@ -8,7 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +20,19 @@ from rich.markup import escape
 
 from flows.demo import make_inputs
 from flows.inputs import checked_model, checked_videos, given_or_newest
-from flows.overrides import apply_overrides, sentence
+from flows.overrides import apply_overrides, described_keys, sentence
+from flows.parameters import PARAMETERS, SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from flows.terminal import Display, console, log_records_to_file, log_to_file, summary
-from wan_core.config import STAGES, PipelineConfig, check
-from wan_core.records import ConvertRecord, EncodeRecord, IndexRecord, SampleRecord, ShardRecord, TrainRecord
+from wan_core.config import STAGES, PipelineConfig, Stage, check
+from wan_core.records import (
+    ConvertRecord,
+    EncodeRecord,
+    IndexRecord,
+    Record,
+    SampleRecord,
+    ShardRecord,
+    TrainRecord,
+)
 
 app = typer.Typer(
     name="wan", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False,
@@ -36,24 +47,19 @@ EVERY_STAGE = (
 )  # fmt: skip
 STAGE_PANEL = "Stages, one at a time"
 WorkspaceOption = Annotated[
-    Path, typer.Option("--workspace", "-w", help="Folder that gets all outputs.", file_okay=False, show_default=True)
+    Path, typer.Option("--workspace", "-w", help=PARAMETERS["workspace"], file_okay=False, show_default=True)
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Preset to start from, see `wan presets`.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name of the outputs. [dim]default: the recipe's[/]")]
-VideosOption = Annotated[
-    str, typer.Option("--videos", metavar="FOLDER|URL", help="Clips and their captions, here or at s3://bucket/clips.")
-]
-ModelOption = Annotated[Path, typer.Option("--model", help="WAN 2.1 model folder in the Diffusers layout.")]
-RefreshOption = Annotated[
-    str | None, typer.Option("--refresh", metavar="STAGE", help="Run this stage and all that depends on it again.")
-]
-AgainOption = Annotated[bool, typer.Option("--refresh", help="Run it again even if its output is there.")]
+NameOption = Annotated[str | None, typer.Option("--name", help=PARAMETERS["name"] + " [dim]default: the recipe's[/]")]
+VideosOption = Annotated[str, typer.Option("--videos", metavar="FOLDER|URL", help=PARAMETERS["videos"])]
+ModelOption = Annotated[Path, typer.Option("--model", help=PARAMETERS["model"])]
+RefreshOption = Annotated[str | None, typer.Option("--refresh", metavar="STAGE", help=PARAMETERS["refresh"])]
+AgainOption = Annotated[bool, typer.Option("--refresh", help=STAGE_PARAMETERS["refresh"])]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.")]
 WORKSPACE = Path("workspace")
 
 
-def input_option(name: str, stage: str) -> Any:
-    return typer.Option(f"--{name}", help=f"Output folder of {stage}. [dim]default: the newest of this name[/]")
+CHECKED: dict[str, Callable[..., Any]] = {"videos": checked_videos, "model": checked_model}
 
 
 def configured(recipe: str, overrides: list[str] | None, name: str | None = None) -> PipelineConfig:
@@ -154,64 +160,99 @@ def check_stage(refresh: str | None) -> None:
     )
 
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def encode(
-    videos: VideosOption,
-    model: ModelOption,
-    recipe: RecipeOption,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Clips and captions to VAE latents and UMT5 embeddings, in parts, on Ray workers.
+@dataclass(frozen=True)
+class StageCommand:
+    """What the command of one stage takes, beside what all take: recipe, workspace, name, refresh, overrides."""
 
-    [cyan]encode.sizes=480x832,832x480[/]  a clip goes to the size of nearest aspect ratio
-    [cyan]encode.tokens_per_sample=32760[/]  or to a bucket of aspect ratio, length and area within this budget
-    [cyan]encode.window_frames=81[/]  long videos are cut into windows, window_stride apart
-    [cyan]encode.scene_detector=content[/]  and before that at scene changes
-    [cyan]encode.mode=frames[/]  images, and the first frames of videos
-    [cyan]ray.actors=8 ray.gpus_per_actor=1[/]  one worker per GPU
-    """
-    config = configured(recipe, overrides, name)
-    execute(
-        workspace, "flows.stages", "encode", config=config.encode, ray=config.ray, name=config.name,
-        videos=checked_videos(videos), model=checked_model(model), refresh=refresh,
-    )  # fmt: skip
+    help: str
+    takes: tuple[str, ...] = ()  # `videos` and `model`, which must be given
+    reads: dict[str, tuple[type[Record], Stage]] = field(default_factory=dict)  # option -> whose newest output it is
+    places: tuple[str, ...] = ()  # parts of the pipeline's config that say where it runs
 
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def shard(
-    recipe: RecipeOption,
-    encoded: Annotated[Path | None, input_option("encoded", "encode")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Encoded parts to shuffled WebDataset shards, split into train, val and test."""
-    config = configured(recipe, overrides, name)
-    record = given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded)
-    execute(
-        workspace, "flows.stages", "shard", config=config.shard, name=config.name, encoded=record.path, refresh=refresh
+ENCODE_HELP = """Clips and captions to VAE latents and UMT5 embeddings, in parts, on Ray workers.
+
+[cyan]encode.sizes=480x832,832x480[/]  a clip goes to the size of nearest aspect ratio
+[cyan]encode.tokens_per_sample=32760[/]  or to a bucket of aspect ratio, length and area within this budget
+[cyan]encode.window_frames=81[/]  long videos are cut into windows, window_stride apart
+[cyan]encode.scene_detector=content[/]  and before that at scene changes
+[cyan]encode.mode=frames[/]  images, and the first frames of videos
+[cyan]ray.actors=8 ray.gpus_per_actor=1[/]  one worker per GPU
+"""
+STAGE_COMMANDS: dict[Stage, StageCommand] = {
+    "encode": StageCommand(
+        ENCODE_HELP,
+        takes=("videos", "model"), places=("ray",),
+    ),
+    "shard": StageCommand(
+        "Encoded parts to shuffled WebDataset shards, split into train, val and test.",
+        reads={"encoded": (EncodeRecord, "encode")},
+    ),
+    "index": StageCommand(
+        "Energon metadata beside the shards: the dataset that training reads.",
+        reads={"sharded": (ShardRecord, "shard")},
+    ),
+    "train": StageCommand(
+        "Train with Megatron under torchrun; an interrupted run goes on from its last checkpoint.",
+        takes=("model",), reads={"dataset": (IndexRecord, "index")}, places=("launch", "ray"),
+    ),
+    "convert": StageCommand(
+        "Megatron checkpoint to a complete Diffusers folder.",
+        takes=("model",), reads={"trained": (TrainRecord, "train")},
+    ),
+    "sample": StageCommand(
+        r"Videos from prompts: `'sample.prompts=\[a red circle, a blue square]'`.",
+        reads={"model": (ConvertRecord, "convert")},
+    ),
+    "evaluate": StageCommand(
+        "Metrics and an HTML report over samples, training and data.",
+        reads={
+            "sampled": (SampleRecord, "sample"), "trained": (TrainRecord, "train"), "encoded": (EncodeRecord, "encode"),
+        },
+    ),
+}  # fmt: skip
+
+
+def stage_command(stage: Stage, command: StageCommand) -> Callable[..., None]:
+    """The function behind `wan STAGE`; Typer reads its options from the signature made here."""
+
+    def run_stage(
+        recipe: str, workspace: Path, name: str | None, refresh: bool, overrides: list[str] | None, **given: Path | None
+    ) -> None:
+        config = configured(recipe, overrides, name)
+        inputs: dict[str, Any] = {place: getattr(config, place) for place in command.places}
+        for option, folder in given.items():
+            if option in command.takes or (folder is not None and option in CHECKED):
+                inputs[option] = CHECKED[option](folder)
+            else:
+                inputs[option] = given_or_newest(*command.reads[option], workspace, config.name, folder).path
+        execute(
+            workspace, "flows.stages", stage, config=getattr(config, stage), name=config.name, refresh=refresh, **inputs
+        )
+
+    texts = SAMPLE_PARAMETERS if stage == "sample" else STAGE_PARAMETERS
+    needed = {"videos": VideosOption, "model": ModelOption}
+    optional = {
+        option: Annotated[Path | None, typer.Option(f"--{option}", help=texts[option])] for option in command.reads
+    }
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    run_stage.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            *(Parameter(option, kind, annotation=hint) for option, hint in needed.items() if option in command.takes),
+            Parameter("recipe", kind, annotation=RecipeOption),
+            *(Parameter(option, kind, annotation=hint, default=None) for option, hint in optional.items()),
+            Parameter("workspace", kind, annotation=WorkspaceOption, default=WORKSPACE),
+            Parameter("name", kind, annotation=NameOption, default=None),
+            Parameter("refresh", kind, annotation=AgainOption, default=False),
+            Parameter("overrides", kind, annotation=Overrides, default=None),
+        ]
     )
+    run_stage.__annotations__ = {p.name: p.annotation for p in run_stage.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run_stage
 
 
-@app.command(rich_help_panel=STAGE_PANEL)
-def index(
-    recipe: RecipeOption,
-    sharded: Annotated[Path | None, input_option("sharded", "shard")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Energon metadata beside the shards: the dataset that training reads."""
-    config = configured(recipe, overrides, name)
-    record = given_or_newest(ShardRecord, "shard", workspace, config.name, sharded)
-    execute(
-        workspace, "flows.stages", "index", config=config.index, name=config.name, sharded=record.path, refresh=refresh
-    )
+for _stage, _command in STAGE_COMMANDS.items():
+    app.command(_stage, help=_command.help, rich_help_panel=STAGE_PANEL)(stage_command(_stage, _command))
 
 
 @app.command(rich_help_panel=STAGE_PANEL)
@@ -246,86 +287,6 @@ def blend(
     made = stage.run(weights, folder)
     counts = ", ".join(f"{count:,} {split}" for split, count in made.num_samples.items())
     console.print(f"{made.path}: {len(weights)} datasets, {counts} samples")
-
-
-@app.command(rich_help_panel=STAGE_PANEL)
-def train(
-    model: ModelOption,
-    recipe: RecipeOption,
-    dataset: Annotated[Path | None, input_option("dataset", "index")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Train with Megatron under torchrun; an interrupted run goes on from its last checkpoint."""
-    config = configured(recipe, overrides, name)
-    record = given_or_newest(IndexRecord, "index", workspace, config.name, dataset)
-    execute(
-        workspace, "flows.stages", "train", config=config.train, launch=config.launch, ray=config.ray,
-        name=config.name, model=checked_model(model), dataset=record.path, refresh=refresh,
-    )  # fmt: skip
-
-
-@app.command(rich_help_panel=STAGE_PANEL)
-def convert(
-    model: ModelOption,
-    recipe: RecipeOption,
-    trained: Annotated[Path | None, input_option("trained", "train")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Megatron checkpoint to a complete Diffusers folder."""
-    config = configured(recipe, overrides, name)
-    record = given_or_newest(TrainRecord, "train", workspace, config.name, trained)
-    execute(
-        workspace, "flows.stages", "convert", config=config.convert, name=config.name,
-        model=checked_model(model), trained=record.path, refresh=refresh,
-    )  # fmt: skip
-
-
-@app.command(rich_help_panel=STAGE_PANEL)
-def sample(
-    recipe: RecipeOption,
-    model: Annotated[
-        Path | None, typer.Option("--model", help="Any WAN Diffusers folder. [dim]default: the newest converted one[/]")
-    ] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Videos from prompts: `'sample.prompts=\\[a red circle, a blue square]'`."""
-    config = configured(recipe, overrides, name)
-    if model is not None:
-        checked_model(model)
-    else:
-        given_or_newest(ConvertRecord, "convert", workspace, config.name, None)
-    execute(workspace, "flows.stages", "sample", config=config.sample, name=config.name, model=model, refresh=refresh)
-
-
-@app.command(rich_help_panel=STAGE_PANEL)
-def evaluate(
-    recipe: RecipeOption,
-    sampled: Annotated[Path | None, input_option("sampled", "sample")] = None,
-    trained: Annotated[Path | None, input_option("trained", "train")] = None,
-    encoded: Annotated[Path | None, input_option("encoded", "encode")] = None,
-    workspace: WorkspaceOption = WORKSPACE,
-    name: NameOption = None,
-    refresh: AgainOption = False,
-    overrides: Overrides = None,
-) -> None:
-    """Metrics and an HTML report over samples, training and data."""
-    config = configured(recipe, overrides, name)
-    execute(
-        workspace, "flows.stages", "evaluate", config=config.evaluate, name=config.name,
-        sampled=given_or_newest(SampleRecord, "sample", workspace, config.name, sampled).path,
-        trained=given_or_newest(TrainRecord, "train", workspace, config.name, trained).path,
-        encoded=given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded).path,
-        refresh=refresh,
-    )  # fmt: skip
 
 
 @app.command(rich_help_panel="Look around")
@@ -380,6 +341,28 @@ def plan(
     from flows.planning import show, work_of
 
     show(work_of(model, gpus_per_node, nodes, device, memory, tokens, samples, packs), rows)
+
+
+@app.command(rich_help_panel="Look around")
+def keys(
+    beginning: Annotated[str, typer.Argument(metavar="[BEGINNING]", help="Only keys that begin so.")] = "",
+    recipe: RecipeOption = "wan_1_3b",
+) -> None:
+    """What key=value can change, with the recipe's values; the trainer's own keys by name."""
+    from rich.table import Table
+
+    from wan_core.trainer_keys import trainer_keys
+
+    table = Table("key", "value", "", box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for key, value, text in described_keys(configured(recipe, None)):
+        if key.startswith(beginning):
+            table.add_row(key, value if len(value) < 60 else value[:57] + "...", text)
+    console.print(table, markup=False)
+    names = [key for key in sorted(trainer_keys()) if key.startswith(beginning)]
+    if beginning:
+        console.print("\n".join(names), markup=False)
+    elif names:
+        console.print(f"\nand {len(names)} keys of the trainer, for example `wan keys optimizer.`", markup=False)
 
 
 def main() -> None:

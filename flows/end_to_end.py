@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow
-
+from flows.flow import wan_flow
 from flows.inputs import checked_model, checked_videos
 from tasks.convert import convert
 from tasks.encode import encode
@@ -18,20 +17,11 @@ from tasks.train import train
 from wan_core.config import PipelineConfig, Stage
 
 
-@flow(name="end-to-end", flow_run_name="{config.name}")
+@wan_flow("end-to-end")
 def end_to_end(
     config: PipelineConfig, videos: str, model: Path, workspace: Path, refresh: Stage | None = None
 ) -> list[Outcome]:
-    """All seven stages; those whose output is there already are found, not run.
-
-    Args:
-        config: what each stage computes.
-        videos: folder of clips and captions, or the URL of one (s3://bucket/clips).
-        model: WAN model in the Diffusers layout; its transformer gives the architecture and, in a fine-tuning, the
-            weights to start from.
-        workspace: folder that gets one output folder per stage.
-        refresh: stage to make again, with all that depends on it.
-    """
+    """All seven stages; those whose output is there already are found, not run."""
     run, videos, model = Workspace(workspace, config.name, refresh), checked_videos(videos), checked_model(model)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import flow
-
+from flows.flow import wan_flow
 from flows.inputs import checked_model, given_or_newest
 from tasks.convert import convert
 from tasks.evaluate import evaluate
@@ -15,7 +14,7 @@ from wan_core.config import PipelineConfig, Stage
 from wan_core.records import EncodeRecord, TrainRecord
 
 
-@flow(name="evaluate-run", flow_run_name="{config.name}")
+@wan_flow("evaluate-run")
 def evaluate_run(
     config: PipelineConfig,
     model: Path,
@@ -24,16 +23,7 @@ def evaluate_run(
     encoded: Path | None = None,
     refresh: Stage | None = None,
 ) -> list[Outcome]:
-    """Convert the checkpoint of a training run, sample from it and evaluate the samples.
-
-    Args:
-        config: what each stage computes; convert, sample and evaluate are read.
-        model: WAN model in the Diffusers layout, for everything but the transformer.
-        workspace: folder that gets one output folder per stage.
-        trained: run folder of train; the workspace's newest of this name if not given.
-        encoded: output folder of encode; the workspace's newest of this name if not given.
-        refresh: stage to make again, with all that depends on it.
-    """
+    """Convert the checkpoint of a training run, sample from it and evaluate the samples."""
     run, model = Workspace(workspace, config.name, refresh), checked_model(model)
     training = given_or_newest(TrainRecord, "train", workspace, config.name, trained)
     clips = given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded)

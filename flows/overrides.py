@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -26,6 +27,22 @@ def pipeline_keys(kind: type = PipelineConfig, prefix: str = "") -> dict[str, An
         else:
             keys[prefix + field.name] = hint
     return keys
+
+
+def described_keys(config: PipelineConfig) -> Iterator[tuple[str, str, str]]:
+    """Key, value as YAML, and description of every field of ours."""
+    for key in pipeline_keys():
+        *path, last = key.split(".")
+        owner: Any = config
+        for part in path:
+            owner = getattr(owner, part)
+        value = getattr(owner, last)
+        properties = TypeAdapter(type(owner)).json_schema()["properties"]
+        if isinstance(value, Size) or (isinstance(value, tuple) and value and isinstance(value[0], Size)):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+        yield key, text, properties[last]["description"]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

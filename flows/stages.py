@@ -1,13 +1,13 @@
 """Every stage as a flow of its own, to be deployed and run alone.
 
-An input that is not given is the newest output of the stage before it, of the same name, in the workspace.
+An input that is not given is the newest output of the stage before it, of the same name, in the workspace. Prefect
+writes its form from these signatures, so they are spelt out.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-
-from prefect import flow
 
 import tasks.convert
 import tasks.encode
@@ -16,7 +16,9 @@ import tasks.index
 import tasks.sample
 import tasks.shard
 import tasks.train
+from flows.flow import wan_flow
 from flows.inputs import checked_model, checked_videos, given_or_newest
+from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from tasks.stage import Outcome, Workspace
 from wan_core.config import (
     ConvertConfig,
@@ -31,22 +33,20 @@ from wan_core.config import (
 )
 from wan_core.records import ConvertRecord, EncodeRecord, IndexRecord, SampleRecord, ShardRecord, TrainRecord
 
+stage_flow = partial(wan_flow, run_name="{name}", texts=STAGE_PARAMETERS)
 
-@flow(name="encode", flow_run_name="{name}")
+
+@stage_flow("encode")
 def encode(
     config: EncodeConfig, ray: RayConfig, name: str, videos: str, model: Path, workspace: Path, refresh: bool = False
 ) -> list[Outcome]:
     """Clips and captions to latents and text embeddings."""
-    run, videos, model = (
-        Workspace(workspace, name, "encode" if refresh else None),
-        checked_videos(videos),
-        checked_model(model),
-    )
-    tasks.encode.encode(run, config, ray, videos, model)
+    run = Workspace(workspace, name, "encode" if refresh else None)
+    tasks.encode.encode(run, config, ray, checked_videos(videos), checked_model(model))
     return run.outcomes
 
 
-@flow(name="shard", flow_run_name="{name}")
+@stage_flow("shard")
 def shard(
     config: ShardConfig, name: str, workspace: Path, encoded: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
@@ -56,7 +56,7 @@ def shard(
     return run.outcomes
 
 
-@flow(name="index", flow_run_name="{name}")
+@stage_flow("index")
 def index(
     config: IndexConfig, name: str, workspace: Path, sharded: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
@@ -66,7 +66,7 @@ def index(
     return run.outcomes
 
 
-@flow(name="train", flow_run_name="{name}")
+@stage_flow("train")
 def train(
     config: TrainConfig,
     launch: LaunchConfig,
@@ -84,7 +84,7 @@ def train(
     return run.outcomes
 
 
-@flow(name="convert", flow_run_name="{name}")
+@stage_flow("convert")
 def convert(
     config: ConvertConfig, name: str, model: Path, workspace: Path, trained: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
@@ -94,18 +94,18 @@ def convert(
     return run.outcomes
 
 
-@flow(name="sample", flow_run_name="{name}")
+@stage_flow("sample", texts=SAMPLE_PARAMETERS)
 def sample(
     config: SampleConfig, name: str, workspace: Path, model: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
-    """Videos from prompts. `model`: any Diffusers folder; the workspace's newest converted one if not given."""
+    """Videos from prompts."""
     run = Workspace(workspace, name, "sample" if refresh else None)
-    folder = checked_model(model) if model else given_or_newest(ConvertRecord, "convert", workspace, name, None)
-    tasks.sample.sample(run, config, folder)
+    newest = partial(given_or_newest, ConvertRecord, "convert", workspace, name, None)
+    tasks.sample.sample(run, config, checked_model(model) if model else newest())
     return run.outcomes
 
 
-@flow(name="evaluate", flow_run_name="{name}")
+@stage_flow("evaluate")
 def evaluate(
     config: EvaluateConfig,
     name: str,

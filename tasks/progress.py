@@ -46,12 +46,18 @@ class Progress:
 
         self.stage, self.total, self.unit = stage, total, unit
         self.artifact = create_progress_artifact(progress=0.0, key=f"{stage}-progress", description=f"0 {unit}")
-        self.updated = time.monotonic()
+        self.started = self.updated = time.monotonic()
+        self.first: float | None = None  # what was done when the first report came: a resumed run begins in the middle
 
     def report(self, done: float, text: str = "") -> None:
-        """Say how much of `total` is done; `text` stands beside the bar."""
+        """Say how much of `total` is done; speed and `text` stand beside the bar."""
         from prefect.artifacts import update_progress_artifact
 
+        if self.first is None:
+            self.first, self.started = done, time.monotonic()
+        seconds = time.monotonic() - self.started
+        if done > self.first and seconds > 0:
+            text = ", ".join([f"{(done - self.first) / seconds:.3g} {self.unit}/s", *([text] if text else [])])
         watcher.advanced(self.stage, done, self.total, text)
         finished = done >= self.total
         if not finished and time.monotonic() - self.updated < ARTIFACT_SECONDS:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
 
+from tasks.artifacts import LivePage, loss_plot
 from tasks.launch import launch
 from tasks.progress import Progress
 from tasks.stage import Target, Workspace, stage_task
@@ -16,14 +18,18 @@ from tasks.workers import ray_session
 from wan_core.config import LaunchConfig, RayConfig, TrainConfig
 from wan_core.records import IndexRecord, TrainRecord, load_record
 
+PLOT_SECONDS = 60.0  # between two pictures of the loss curve, each about 100 KB
+
 
 class Metrics:
-    """Follows metrics.jsonl, which rank 0 appends to, and reports its last line as progress."""
+    """Follows metrics.jsonl, which rank 0 appends to: its last line is the progress, all of it a picture."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = path.stat().st_size if path.exists() else 0  # a resumed run: what is old is not news
         self.progress: Progress | None = None
+        self.page: LivePage | None = None
+        self.plotted = time.monotonic()
 
     def tick(self) -> None:
         if not self.path.exists():
@@ -43,6 +49,17 @@ class Metrics:
             self.progress = Progress("train", step["train_iters"], "iterations")
         text = f"loss {step['loss']:.4f}, {step['step_seconds']:.2f} s/step, {step['tokens_per_second']:.0f} tokens/s"
         self.progress.report(step["iteration"], text)
+        if time.monotonic() - self.plotted > PLOT_SECONDS:
+            self.plot()
+
+    def plot(self) -> None:
+        """Show the curve so far; the stage's own page replaces it at the end."""
+        self.plotted = time.monotonic()
+        page = f"## {self.path.parent.name}, still training\n{loss_plot(self.path)}"
+        if self.page is None:
+            self.page = LivePage("train-loss", page, f"loss of {self.path.parent.name}")
+        else:
+            self.page.replace(page)
 
 
 @stage_task("train", retries=2)  # an attempt resumes from the last checkpoint

@@ -1,0 +1,55 @@
+"""New clips to a model that is fine-tuned on, and promoted only if it is better."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect.states import Completed, State
+
+from flows.flow import wan_flow
+from flows.inputs import checked_model, checked_videos
+from tasks.artifacts import publish_validation
+from tasks.convert import convert
+from tasks.encode import encode
+from tasks.index import index
+from tasks.promoted import Promoted, load_promoted, now, save_promoted
+from tasks.sample import sample
+from tasks.shard import shard
+from tasks.stage import Outcome, Workspace
+from tasks.train import train
+from tasks.validate import validate
+from wan_core.config import PipelineConfig
+
+
+@wan_flow("nightly-finetune")
+def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace: Path) -> list[Outcome] | State[Any]:
+    """Encode what is new, fine-tune the latest good model on all clips, and promote the result if its loss on held-out
+    clips is lower. Without new clips the run ends as Skipped. The first night starts from `model`.
+    """
+    run, videos, model = Workspace(workspace, config.name), checked_videos(videos), checked_model(model)
+    good = load_promoted(run.root, config.name)
+    encoded = encode(run, config.encode, config.ray, videos, model)
+    sharded = shard(run, config.shard, encoded)
+    indexed = index(run, config.index, sharded)
+    if good and good.dataset == indexed.fingerprint:
+        return Completed(name="Skipped", message=f"no new clips below {videos}")
+    start = good.model if good else model
+    before = validate(start, indexed)
+    trained = train(run, replace(config.train, mode="finetune"), indexed, start, config.launch, config.ray)
+    converted = convert(run, config.convert, trained, start)
+    after = validate(converted.path, indexed)
+    if config.sample.prompts:
+        sample(run, config.sample, converted)
+    better = after.loss < before.loss
+    if better:
+        good = Promoted(converted.path, indexed.fingerprint, after.loss, now())
+    else:
+        good = Promoted(start, indexed.fingerprint, before.loss, good.changed if good else now())
+    save_promoted(run.root, config.name, good)
+    publish_validation(start, before, converted.path, after)
+    name = "Promoted" if better else "NotPromoted"
+    return Completed(
+        name=name, message=f"validation loss {before.loss:.4f} -> {after.loss:.4f}; {good.model} is in use"
+    )
