@@ -1,0 +1,144 @@
+"""What a team does: deploy everything to a server, start a worker, run flows by name. Real processes, tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
+
+from flows.end_to_end import end_to_end
+from tasks.process import Process
+from wan_core.encode.video import write_video
+from wan_core.records import EvaluateRecord, ShardRecord, load_record
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "deployments" / "prefect.yaml"
+FRAMES, SIDE = 5, 32
+CONFIG: dict[str, Any] = {
+    "name": "t",
+    "encode": {
+        "sizes": [{"height": SIDE, "width": SIDE}], "max_frames": FRAMES, "vae_dtype": "float32",
+        "text_dtype": "float32", "clips_per_part": 4,
+    },
+    "shard": {"val_share": 0.2},
+    "train": {
+        "recipe": "wan_demo",
+        "overrides": [
+            "train.train_iters=2", "dataset.tokens_per_pack=64", "dataset.num_workers=0", "logger.log_interval=1",
+            "scheduler.lr_warmup_iters=0", "validation.eval_interval=0",
+        ],
+    },
+    "sample": {
+        "prompts": ["a red circle moving left"], "size": {"height": SIDE, "width": SIDE}, "num_frames": FRAMES,
+        "num_steps": 1, "dtype": "float32", "negative_prompt": "",
+    },
+}  # fmt: skip
+
+
+def prefect(*arguments: str) -> str:
+    """The command as in docs/operations.md; returns what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PWD": str(ROOT), "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def deployed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every deployment on the test's server, and a worker of the pool."""
+    prefect("work-pool", "create", "wan", "--type", "process")
+    prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(FILE.relative_to(ROOT)))
+    folder = tmp_path_factory.mktemp("worker")
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    worker = Process(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "wan"], paths, folder / "worker.log"
+    )
+    yield
+    worker.stop()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(6):
+        frames = np.random.default_rng(i).integers(0, 255, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
+        write_video(folder / f"{i}.mp4", frames, 16)
+        (folder / f"{i}.txt").write_text("a red circle moving left")
+    return folder
+
+
+def parameters(**values: Any) -> list[str]:
+    return [text for name, value in values.items() for text in ("--param", f"{name}={json.dumps(value)}")]
+
+
+@pytest.mark.usefixtures("deployed")
+def test_end_to_end_then_only_the_shards_again(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(tmp_path))
+    prefect("deployment", "run", "end-to-end/default", *given, "--watch")
+    (report,) = tmp_path.glob("evaluate/t-*")
+    assert load_record(EvaluateRecord, report).report.is_file()
+    (before,) = tmp_path.glob("shard/t-*")
+
+    again = parameters(config={"seed": 7, "val_share": 0.2}, name="t", workspace=str(tmp_path))
+    prefect("deployment", "run", "shard/demo", *again, "--watch")
+    (after,) = set(tmp_path.glob("shard/t-*")) - {before}
+    assert load_record(ShardRecord, after).num_samples == load_record(ShardRecord, before).num_samples
+
+
+@pytest.mark.usefixtures("deployed")
+def test_a_wrong_parameter_is_refused_before_a_run_exists(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """By the server, what the form's schema can say; by the flow, before its first line, what only our configs know."""
+    for wrong in ({**CONFIG, "encode": {"mode": "audio"}}, {**CONFIG, "shrad": {}}):
+        given = {"config": wrong, "videos": str(videos), "model": str(tiny_model), "workspace": str(tmp_path)}
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name("end-to-end/default")
+            with pytest.raises(PrefectHTTPStatusError, match=r"audio|shrad"):
+                client.create_flow_run_from_deployment(deployment.id, parameters=given)
+    for overrides, words in (("optimizer.lrr=1", "did you mean optimizer.lr"), ("model.x", "is not key=value")):
+        wrong = {**CONFIG, "train": {"overrides": [overrides]}}
+        given = {"config": wrong, "videos": str(videos), "model": str(tiny_model), "workspace": str(tmp_path)}
+        with pytest.raises(ParameterTypeError, match=words):
+            end_to_end.validate_parameters(given)
+
+
+@pytest.mark.usefixtures("deployed")
+def test_the_form_of_every_deployment_describes_every_field() -> None:
+    wanted = {
+        (item["entrypoint"].partition(":")[2].replace("_", "-"), item["name"])
+        for item in yaml.safe_load(FILE.read_text(encoding="utf-8"))["deployments"]
+    }
+    with get_client(sync_client=True) as client:
+        found = client.read_deployments(limit=200)
+        flows = {deployment.id: client.read_flow(deployment.flow_id).name for deployment in found}
+    assert {(flows[deployment.id], deployment.name) for deployment in found} == wanted
+    for deployment in found:
+        schema = deployment.parameter_openapi_schema
+        assert schema is not None
+        for name, field in schema["properties"].items():
+            assert field.get("description"), (deployment.name, name)
+        for kind in schema["definitions"].values():
+            assert kind["description"]
+            for name, field in kind.get("properties", {}).items():
+                assert field.get("description") or "$ref" in field, (kind["title"], name)
+
+
+@pytest.mark.usefixtures("deployed")
+def test_nightly_runs_never_overlap() -> None:
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("nightly-finetune/default")
+    assert nightly.schedules[0].schedule.cron == "0 2 * * *"  # type: ignore[union-attr]
+    assert nightly.concurrency_options is not None
+    assert nightly.concurrency_options.collision_strategy == "CANCEL_NEW"
+    assert nightly.global_concurrency_limit is not None and nightly.global_concurrency_limit.limit == 1
