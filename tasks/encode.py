@@ -63,12 +63,15 @@ def encode_parts(
     """Every part that is missing, as a flow of its own. Ray runs as long as it does."""
 
     # Prefect stores a flow's parameters and searches each for futures: a plan of a million clips is none.
-    @flow(name="encode-parts", validate_parameters=False, persist_result=False)
+    @flow(name="encode-parts", flow_run_name="encode/{folder.name}", validate_parameters=False, persist_result=False)
     def parts(num_parts: int, folder: Path) -> None:
         with ray_session(ray):
             pool, clips = EncodePool(config, ray, model), Clips(plan)
-            futures = [encode_part.submit(part, pool, clips, videos, folder) for part in plan.parts]
-            wait(futures)
+            try:
+                futures = [encode_part.submit(part, pool, clips, videos, folder) for part in plan.parts]
+                wait(futures)
+            finally:  # a cancelled run comes here by an exception, with parts at work
+                pool.close()
             for future in futures:
                 future.result()
 

@@ -11,8 +11,9 @@ import re
 import socket
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tasks.errors import LaunchError
@@ -21,7 +22,10 @@ from wan_core.config import LaunchConfig
 
 POLL_SECONDS = 0.5
 SHOWN_LINES = 15  # of the failing rank, in the error
-ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: \d+\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+MARKED = r"^(?:\d+: )?"  # srun --label puts the task's number before a line
+OTHER_RANK = re.compile(MARKED + r"\[rank[1-9]\d*\]:")
+RANK_0 = re.compile(MARKED + r"\[rank0\]:")
 EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt|Exit))\b(?:: (.*))?$")
 INTERRUPTED = re.compile(
     r"interrupted, (saved at iteration \d+|nothing saved)"
@@ -44,12 +48,13 @@ def free_port() -> int:
 
 def environment(config: LaunchConfig) -> dict[str, str]:
     """Environment of the ranks. Without GPUs the cores of the node are shared among its processes."""
+    common = {"PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]:"}
     if config.gpus_per_node:
-        return {"PYTHONUNBUFFERED": "1"}
+        return common
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.processes_per_node)))
     return {
-        "PYTHONUNBUFFERED": "1",
+        **common,
         "OMP_NUM_THREADS": threads,
         "TORCHDYNAMO_DISABLE": "1",  # compiling with inductor costs 20 s per process on CPU
         "CUDA_VISIBLE_DEVICES": "",
@@ -57,7 +62,11 @@ def environment(config: LaunchConfig) -> dict[str, str]:
 
 
 def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, rendezvous: Sequence[str]) -> list[str]:
-    """The command for one node. Rank 0 speaks to the terminal; every rank has its files below `log_dir`."""
+    """The command for one node. Rank 0 speaks to the terminal; every rank has its files below `log_dir`.
+
+    Addresses are static and torchrun restarts nothing: its c10d rendezvous takes minutes where a host name resolves to
+    127.0.0.1, and cannot replace a lost machine. An attempt ends everywhere, and the next one finds nodes anew.
+    """
     return [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes", str(config.nodes), "--nproc-per-node", str(config.processes_per_node), "--max-restarts", "0",
@@ -81,22 +90,20 @@ def _slurm(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> lis
     ).stdout.split()
     if len(hosts) < config.nodes:
         raise ValueError(f"launch.nodes={config.nodes} exceeds the allocation's {len(hosts)}; ask Slurm for more nodes")
-    rendezvous = [
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{free_port()}", "--rdzv-id", uuid.uuid4().hex[:8],
-    ]  # fmt: skip
+    rendezvous = ["--node-rank", "@node@", "--master-addr", hosts[0], "--master-port", str(free_port())]
     srun = ["srun", "--nodes", str(config.nodes), "--ntasks", str(config.nodes), "--ntasks-per-node", "1"]
     srun += ["--kill-on-bad-exit=1", "--label", "--export=ALL"]
     if config.gpus_per_node:
         srun += ["--gpus-per-node", str(config.gpus_per_node)]
-    command = [*srun, *torchrun(config, arguments, log_dir, rendezvous)]
+    number = ["bash", "-c", 'exec "${@//@node@/$SLURM_NODEID}"', "node"]  # one command for all: each fills in its own
+    command = [*srun, *number, *torchrun(config, arguments, log_dir / "node@node@", rendezvous)]
     return [LocalNode(command, environment(config), log_dir / "torchrun.log")]
 
 
 def _ray(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
-    def command(node: int, host: str, port: int) -> list[str]:
-        # Static addresses: torchrun's c10d rendezvous takes minutes where a host name resolves to 127.0.0.1.
+    def command(nodes: int, node: int, host: str, port: int) -> list[str]:
         rendezvous = ["--node-rank", str(node), "--master-addr", host, "--master-port", str(port)]
-        return torchrun(config, arguments, log_dir / f"node{node}", rendezvous)
+        return torchrun(replace(config, nodes=nodes), arguments, log_dir / f"node{node}", rendezvous)
 
     return ray_nodes(config, command, environment(config), log_dir)
 
@@ -118,9 +125,9 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
         lines = [line for line in tail if line.strip()][-SHOWN_LINES:]
         shown = "\n".join(f"  | {line}" for line in lines)
         return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=status < 0)
-    rank, local_rank, exitcode = (int(group) for group in cause.groups())
-    # --tee marks each line with role and local rank; torch marks tracebacks with the rank once the group is up.
-    prefix = re.compile(rf"^(?:\d+: )?\[[^\]]*?{local_rank}\]:(?:\[rank\d+\]: ?)?")
+    rank, exitcode = (int(group) for group in cause.groups())
+    # --tee marks each line with the rank; torch marks tracebacks with it once more when the group is up.
+    prefix = re.compile(rf"{MARKED}\[rank{rank}\]:(?:\[rank\d+\]: ?)?")
     own = [prefix.sub("", line) for line in tail if prefix.match(line) and prefix.sub("", line).strip()]
     raised = [match for match in map(EXCEPTION.match, own) if match]
     name, sentence = (raised[-1][1], raised[-1][2] or "") if raised else ("", "")
@@ -144,7 +151,7 @@ def launch(
         config: which launcher, how many nodes, processes and GPUs.
         arguments: module name and its arguments.
         log_dir: gets torchrun's log and, per rank, its stdout and stderr; on several nodes a shared folder.
-        on_line: called with every line of the first node's rank 0 and of torchrun itself.
+        on_line: called with every line of rank 0 and of the first node's torchrun.
         on_tick: called about every half second.
 
     Raises:
@@ -159,8 +166,8 @@ def launch(
             for number, node in list(running.items()):
                 status = node.wait(POLL_SECONDS / len(running))
                 for line in node.lines() if number == 0 else ():
-                    if not re.match(r"^(?:\d+: )?\[[^\]]*?[1-9]\d*\]:", line):
-                        on_line(line)
+                    if not OTHER_RANK.match(line):
+                        on_line(RANK_0.sub("", line))
                 if status is None:
                     continue
                 del running[number]
@@ -169,5 +176,5 @@ def launch(
             on_tick()
         on_tick()
     finally:
-        for node in everyone:
-            node.stop()
+        with ThreadPoolExecutor(len(everyone)) as pool:  # side by side: each may take all of its seconds
+            list(pool.map(lambda node: node.stop(config.stop_seconds), everyone))

@@ -11,7 +11,8 @@ from tasks.errors import LaunchError
 from tasks.process import Process
 from wan_core.config import LaunchConfig
 
-PLACEMENT_SECONDS = 300.0  # to find the nodes; an autoscaling cluster may have to start them
+KILL_SECONDS = 5.0  # that a node's `stop` may take beyond the time that it grants
+FEWER_SECONDS = 20.0  # to find fewer nodes than asked for, once that has failed
 
 
 class Node(Protocol):
@@ -24,8 +25,8 @@ class Node(Protocol):
     def tail(self) -> list[str]:
         """The last lines that it said."""
 
-    def stop(self) -> None:
-        """End it, and everything that it started."""
+    def stop(self, seconds: float) -> None:
+        """End it, and everything that it started; what does not end by itself within `seconds` is killed."""
 
 
 class LocalNode:
@@ -43,8 +44,8 @@ class LocalNode:
     def tail(self) -> list[str]:
         return list(self.process.tail)
 
-    def stop(self) -> None:
-        self.process.stop()
+    def stop(self, seconds: float) -> None:
+        self.process.stop(seconds)
 
 
 class Agent:
@@ -70,9 +71,9 @@ class Agent:
         status = self.node.wait(seconds)
         return status, self.node.lines(), [] if status is None else self.node.tail()
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
         if self.node is not None:
-            self.node.stop()
+            self.node.stop(seconds)
 
 
 class RayNode:
@@ -101,51 +102,72 @@ class RayNode:
     def tail(self) -> list[str]:
         return self._tail
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
         import ray
 
-        ray.wait([self.agent.stop.remote()], timeout=20)
+        ray.wait([self.agent.stop.remote(seconds)], timeout=seconds + KILL_SECONDS)
         ray.kill(self.agent)
         self.release()
 
 
-def ray_nodes(
-    config: LaunchConfig, command: Callable[[int, str, int], list[str]], environment: dict[str, str], log_dir: Path
-) -> list[Node]:
-    """Start `command(node, master host, master port)` on `config.nodes` different nodes of the connected Ray.
+def place(config: LaunchConfig) -> Any:
+    """A placement group with a bundle on each of `config.nodes` machines, or of as many as there are.
 
     Raises:
-        LaunchError: the cluster has no such nodes.
+        LaunchError: the cluster has not even `config.min_nodes`.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = {"CPU": 1.0, **({"GPU": float(config.gpus_per_node)} if config.gpus_per_node else {})}
-    group = placement_group([bundle] * config.nodes, strategy="STRICT_SPREAD")
-    if not group.wait(PLACEMENT_SECONDS):
+    seconds = config.placement_seconds
+    for nodes in range(config.nodes, (config.min_nodes or config.nodes) - 1, -1):
+        group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
+        if group.wait(seconds):
+            return group
         remove_placement_group(group)
-        have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        raise LaunchError(
-            f"no {config.nodes} separate Ray nodes with {bundle} each; the cluster has {have}", retry=True
-        )
+        seconds = min(seconds, FEWER_SECONDS)
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    raise LaunchError(f"no {nodes} separate Ray nodes with {bundle} each; the cluster has {have}", retry=True)
+
+
+def ray_nodes(
+    config: LaunchConfig,
+    command: Callable[[int, int, str, int], list[str]],
+    environment: dict[str, str],
+    log_dir: Path,
+) -> list[Node]:
+    """Start `command(nodes, node, master host, master port)` on different nodes of the connected Ray.
+
+    Raises:
+        LaunchError: the cluster has too few nodes, or lost one.
+    """
+    import ray
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = place(config)
+    count = group.bundle_count
+    # The bundle holds the whole machine's GPUs, and so does the agent: CUDA_VISIBLE_DEVICES reaches torchrun from it.
     remote = ray.remote(num_cpus=1, num_gpus=config.gpus_per_node, max_restarts=0, max_concurrency=3)(Agent)
-    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(config.nodes)]
+    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(count)]
     agents = [remote.options(scheduling_strategy=place).remote() for place in places]
     nodes: list[Node] = []
     for i, agent in enumerate(agents):
-        last = i == config.nodes - 1
+        last = i == count - 1
         nodes.append(RayNode(i, agent, (lambda: remove_placement_group(group)) if last else (lambda: None)))
     try:
         host, port = ray.get(agents[0].endpoint.remote())
         ray.get(
             [
-                agent.start.remote(command(i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
+                agent.start.remote(command(count, i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
                 for i, agent in enumerate(agents)
             ]
         )
-    except BaseException:
+    except BaseException as error:
         for node in nodes:
-            node.stop()
+            node.stop(0)
+        if isinstance(error, ray.exceptions.RayActorError):
+            raise LaunchError(f"a node was lost at the start: {error}", retry=True) from error
         raise
     return nodes

@@ -45,6 +45,10 @@ class EncodeWorker:
         self.done = done
 
 
+class Closed(RuntimeError):
+    """The pool was closed while a part waited or worked: its run is ending, so nothing is tried again."""
+
+
 class EncodePool:
     """Workers to borrow, one part at a time. Must be used inside `ray_session`."""
 
@@ -57,9 +61,14 @@ class EncodePool:
             max_restarts=-1, max_task_retries=0, max_concurrency=2,
         )(EncodeWorker)  # fmt: skip
         device = "cuda" if ray_config.gpus_per_actor else "cpu"
+        self._closed = threading.Event()
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(ray_config.actors):
             self._free.put(remote.remote(config, model, device))
+
+    def close(self) -> None:
+        """Let every thread that waits for a worker, or for its answer, end within about a second."""
+        self._closed.set()
 
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[Any]:
@@ -77,19 +86,29 @@ class EncodePool:
 
         Raises:
             RayActorError: the worker died; Ray starts another in its place.
+            Closed: `close` was called.
         """
         import ray
 
         with self._borrow() as worker:
-            result = worker.encode.remote(part, videos, output_dir)
-            while not ray.wait([result], timeout=POLL_SECONDS)[0]:
-                answer = worker.progress.remote()
-                if ray.wait([answer], timeout=POLL_SECONDS)[0] and not ray.wait([result], timeout=0)[0]:
-                    progress(ray.get(answer))
             try:
+                self._check_open()
+                result = worker.encode.remote(part, videos, output_dir)
+                while not ray.wait([result], timeout=POLL_SECONDS)[0]:
+                    self._check_open()
+                    answer = worker.progress.remote()
+                    if ray.wait([answer], timeout=POLL_SECONDS)[0] and not ray.wait([result], timeout=0)[0]:
+                        progress(ray.get(answer))
                 return ray.get(result)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # what the stage raised, without Ray's wrapping
+            except ray.exceptions.RayError:
+                self._check_open()  # Ray was shut down under us
+                raise
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise Closed("the run is ending")
 
 
 @contextlib.contextmanager
@@ -97,6 +116,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to `config.address`, or start a Ray of this process's own; leave as found."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; silences a warning
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a call after the end would start another Ray
     import ray
 
     if ray.is_initialized():  # by the caller, for example a test with several nodes
@@ -106,7 +126,9 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.address is None:
         needed = max(os.cpu_count() or 1, round(config.actors * config.cpus_per_actor + 0.5))
-        ray.init(num_cpus=needed, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        ray.init(  # "local", because without an address Ray joins whatever cluster runs on this machine
+            address="local", num_cpus=needed, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+        )
     else:
         ray.init(address=config.address, **quiet)
     if threading.current_thread() is threading.main_thread():

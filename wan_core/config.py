@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from wan_core.described import described
 from wan_core.trainer_keys import check_trainer_key
 
 VAE_TEMPORAL_STRIDE = 4
@@ -25,8 +26,7 @@ IMAGE_LENGTH = 257  # tokens of CLIP ViT-H, one of them for the whole image: wha
 Stage = Literal["encode", "shard", "index", "train", "convert", "sample", "evaluate"]
 STAGES: tuple[Stage, ...] = ("encode", "shard", "index", "train", "convert", "sample", "evaluate")
 
-# A misspelt key is an error, also in Prefect's form, which shows the docstrings of fields.
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid")  # a misspelt key is an error, also in Prefect's form
 
 
 def place(default: Any) -> Any:
@@ -58,6 +58,7 @@ def check_num_frames(name: str, num_frames: int) -> None:
     )
 
 
+@described
 @dataclass(frozen=True)
 class Size:
     """Pixels of a video; both sides are multiples of 16 (VAE stride 8 x patch 2)."""
@@ -98,6 +99,7 @@ def num_tokens(num_frames: int, size: Size) -> int:
     return ((num_frames - 1) // VAE_TEMPORAL_STRIDE + 1) * patches
 
 
+@described
 @dataclass(frozen=True)
 class EncodeConfig:
     """Raw clips to latents and text embeddings."""
@@ -185,6 +187,7 @@ class EncodeConfig:
         )
 
 
+@described
 @dataclass(frozen=True)
 class ShardConfig:
     """Parts to shuffled WebDataset shards, split by clip digest."""
@@ -214,6 +217,7 @@ class ShardConfig:
         )
 
 
+@described
 @dataclass(frozen=True)
 class IndexConfig:
     """Energon metadata."""
@@ -234,6 +238,7 @@ RESUMABLE_KEYS = (
 )  # fmt: skip
 
 
+@described
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: a recipe, a mode and overrides in the keys of Bridge's ConfigContainer."""
@@ -261,6 +266,7 @@ class TrainConfig:
         return replace(self, overrides=kept)
 
 
+@described
 @dataclass(frozen=True)
 class ConvertConfig:
     """Checkpoint to Diffusers folder."""
@@ -281,6 +287,7 @@ NEGATIVE_PROMPT = (  # the default of Wan2.1's own generate.py; the model was tr
 )
 
 
+@described
 @dataclass(frozen=True)
 class SampleConfig:
     """Videos from prompts."""
@@ -318,6 +325,7 @@ class SampleConfig:
         )
 
 
+@described
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Metrics and report over samples."""
@@ -327,6 +335,7 @@ class EvaluateConfig:
     __pydantic_config__ = STRICT
 
 
+@described
 @dataclass(frozen=True)
 class RayConfig:
     """Where encode runs: Ray actors, each holding one VAE and one text encoder."""
@@ -345,6 +354,7 @@ class RayConfig:
         check(self.actors >= 1, f"actors={self.actors} is below 1; choose 1 per GPU")
 
 
+@described
 @dataclass(frozen=True)
 class LaunchConfig:
     """Where train runs: torchrun on this machine, on the nodes of a Ray cluster, or under Slurm."""
@@ -357,6 +367,12 @@ class LaunchConfig:
     """Ranks on each machine, one per GPU."""
     gpus_per_node: int = 0
     """GPUs of each machine; 0 trains on CPUs with gloo."""
+    min_nodes: int | None = None
+    """With Ray: machines that an attempt may begin with when there are not enough; empty: all of `nodes`."""
+    placement_seconds: float = 300.0
+    """With Ray: how long to wait for the machines; an autoscaling cluster may have to start them."""
+    stop_seconds: float = 20.0
+    """How long the ranks may take to save and end when a run is cancelled; a Prefect worker kills after 30."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -368,8 +384,13 @@ class LaunchConfig:
             self.launcher != "local" or self.nodes == 1,
             f"launcher='local' cannot start nodes={self.nodes}; choose launcher='ray' or 'slurm', or nodes=1",
         )
+        check(
+            self.min_nodes is None or 1 <= self.min_nodes <= self.nodes,
+            f"min_nodes={self.min_nodes} is not between 1 and nodes={self.nodes}; leave it empty to need all of them",
+        )
 
 
+@described
 @dataclass(frozen=True)
 class PipelineConfig:
     """The end-to-end flow: one config per stage, and where the two heavy stages run."""
