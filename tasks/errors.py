@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 # What cannot work cannot work twice: a wrong value, a missing file, a fault of the code.
@@ -11,6 +12,8 @@ FINAL = (
 )  # fmt: skip
 # Machines and networks: a lost connection, a file system that hiccups.
 PASSING = (OSError, TimeoutError, EOFError)
+# But a disk that is full, over its quota or read-only stays so for longer than our retries last.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class LaunchError(RuntimeError):
@@ -35,7 +38,8 @@ def may_pass(error: BaseException) -> bool:
         if isinstance(error, RayTaskError):
             return may_pass(error.cause)
         return isinstance(error, (RayActorError, RayError))
-    return isinstance(error, PASSING) and not isinstance(error, FINAL)
+    full = isinstance(error, OSError) and error.errno in FULL
+    return isinstance(error, PASSING) and not isinstance(error, FINAL) and not full
 
 
 def retrying_helps(task: Any, task_run: Any, state: Any) -> bool:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from tasks.errors import LaunchError
+from tasks.errors import FULL, LaunchError
 from tasks.nodes import LocalNode, Node, ray_nodes
 from wan_core.config import LaunchConfig
 
@@ -135,7 +135,8 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
         return ValueError(f"{sentence} (rank {rank} of the training, logs in {log_dir})")
     shown = "\n".join(f"  | {line}" for line in own[-SHOWN_LINES:])
     why = f"was killed by signal {-exitcode}" if exitcode < 0 else f"ended with exit code {exitcode}"
-    return LaunchError(f"rank {rank} on node {node} {why}; logs in {log_dir}\n{shown}", retry=name not in FINAL)
+    may_pass = name not in FINAL and not any(os.strerror(number) in sentence for number in FULL)
+    return LaunchError(f"rank {rank} on node {node} {why}; logs in {log_dir}\n{shown}", retry=may_pass)
 
 
 def launch(

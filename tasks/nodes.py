@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +15,9 @@ from tasks.errors import LaunchError
 from tasks.process import Process
 from wan_core.config import LaunchConfig
 
+SIOCGIFADDR = 0x8915
 KILL_SECONDS = 5.0  # that a node's `stop` may take beyond the time that it grants
+AGENT_SECONDS = 60.0  # for a new process on a node that is there
 FEWER_SECONDS = 20.0  # to find fewer nodes than asked for, once that has failed
 
 
@@ -48,6 +54,19 @@ class LocalNode:
         self.process.stop(seconds)
 
 
+def interface_of(address: str) -> str:
+    """Name of this machine's network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    raise LaunchError(f"no network interface of {socket.gethostname()} has the address {address}", retry=False)
+
+
 class Agent:
     """The Ray actor of one node: it starts the command and watches it. If it is killed, the command dies with it."""
 
@@ -63,6 +82,11 @@ class Agent:
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
     def start(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        import ray
+
+        # gloo takes the interface that the host name resolves to, which is often the loopback one.
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            environment = {**environment, "GLOO_SOCKET_IFNAME": interface_of(ray.util.get_node_ip_address())}
         self.node = LocalNode(command, environment, log)
 
     def report(self, seconds: float) -> tuple[int | None, list[str], list[str]]:
@@ -79,8 +103,8 @@ class Agent:
 class RayNode:
     """An `Agent` on another node, seen from here."""
 
-    def __init__(self, number: int, agent: Any, release: Callable[[], None]) -> None:
-        self.number, self.agent, self.release = number, agent, release
+    def __init__(self, number: int, agent: Any, ended: Callable[[int], None]) -> None:
+        self.number, self.agent, self.ended = number, agent, ended
         self._lines: list[str] = []
         self._tail: list[str] = []
 
@@ -107,7 +131,7 @@ class RayNode:
 
         ray.wait([self.agent.stop.remote(seconds)], timeout=seconds + KILL_SECONDS)
         ray.kill(self.agent)
-        self.release()
+        self.ended(self.number)
 
 
 def place(config: LaunchConfig) -> Any:
@@ -152,22 +176,29 @@ def ray_nodes(
     remote = ray.remote(num_cpus=1, num_gpus=config.gpus_per_node, max_restarts=0, max_concurrency=3)(Agent)
     places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=i) for i in range(count)]
     agents = [remote.options(scheduling_strategy=place).remote() for place in places]
-    nodes: list[Node] = []
-    for i, agent in enumerate(agents):
-        last = i == count - 1
-        nodes.append(RayNode(i, agent, (lambda: remove_placement_group(group)) if last else (lambda: None)))
+    running, lock = set(range(count)), threading.Lock()
+
+    def ended(number: int) -> None:
+        with lock:
+            running.discard(number)
+            if not running:  # an agent dies with its group, so the last one out removes it
+                remove_placement_group(group)
+
+    nodes: list[Node] = [RayNode(i, agent, ended) for i, agent in enumerate(agents)]
     try:
-        host, port = ray.get(agents[0].endpoint.remote())
+        # Ray notices a lost node after 15 s and more, and until then places agents on it, which never answer.
+        (host, port), *_ = ray.get([agent.endpoint.remote() for agent in agents], timeout=AGENT_SECONDS)
         ray.get(
             [
                 agent.start.remote(command(count, i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
                 for i, agent in enumerate(agents)
-            ]
+            ],
+            timeout=AGENT_SECONDS,
         )
     except BaseException as error:
         for node in nodes:
             node.stop(0)
-        if isinstance(error, ray.exceptions.RayActorError):
-            raise LaunchError(f"a node was lost at the start: {error}", retry=True) from error
+        if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError)):
+            raise LaunchError(f"a node did not start: {type(error).__name__}", retry=True) from error
         raise
     return nodes

@@ -1,0 +1,224 @@
+"""What a team's server lives through: a database crashes, the server restarts, a disk fills; the work goes on.
+
+PostgreSQL is Debian's (`apt-get install postgresql`), behind a real `prefect server start`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.process import Process
+from wan_core.records import IndexRecord, load_record
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+# Three stages of a few seconds each, in a process of its own as a worker starts it.
+FLOW = """
+import sys, time
+from pathlib import Path
+from prefect import flow
+from tasks.stage import Target, Workspace, stage_task
+from wan_core.config import IndexConfig, ShardConfig
+from wan_core.records import IndexRecord, ShardRecord, fingerprint, writing
+
+def work(stage, kind, target, config, **values):
+    with writing(stage, target.folder, config, target.fingerprint) as output:
+        for second in range(int(sys.argv[2])):
+            print("working", stage, second, flush=True)
+            time.sleep(1)
+        (output.path / "data").write_bytes(bytes(int(sys.argv[3])))
+        return output.finish(kind, encoder={}, **values)
+
+@stage_task("shard")
+def shard(target: Target, config: ShardConfig) -> ShardRecord:
+    return work("shard", ShardRecord, target, config, num_samples={"train": 1}, shards={"data": 1})
+
+@stage_task("index")
+def index(target: Target, config: IndexConfig, sharded: ShardRecord) -> IndexRecord:
+    return work("index", IndexRecord, target, config, num_samples={"train": 1})
+
+@flow(name="faults")
+def faults(root: Path):
+    run = Workspace(root, "t")
+    target = run.target("shard", ShardRecord, fingerprint("shard", ShardConfig()))
+    sharded = run.make(shard, target, config=ShardConfig())
+    target = run.target("index", IndexRecord, fingerprint("index", IndexConfig(), shard=sharded.fingerprint))
+    run.make(index, target, config=IndexConfig(), sharded=sharded)
+
+if __name__ == "__main__":
+    faults(Path(sys.argv[1]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Postgres:
+    """A cluster in a folder of its own, run by Debian's user `postgres`, who may not enter pytest's folders."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="wan-postgres-"))
+        shutil.chown(self.folder, "postgres", "postgres")
+        self.port = free_port()
+        self.url = f"postgresql+asyncpg://postgres@127.0.0.1:{self.port}/postgres"
+        data, binaries = str(self.folder / "data"), str(BINARIES[-1])
+        user = ["runuser", "-u", "postgres", "--"]
+        subprocess.run([*user, f"{binaries}/initdb", "-D", data, "-A", "trust"], check=True, capture_output=True)
+        self.command = [*user, f"{binaries}/postgres", "-D", data, "-p", str(self.port), "-k", str(self.folder)]
+        self.ready = [f"{binaries}/pg_isready", "-h", "127.0.0.1", "-p", str(self.port)]
+        self.start()
+
+    def start(self) -> None:
+        self.process = Process(self.command, {}, self.folder / "log")
+        wait_until(lambda: subprocess.run(self.ready, capture_output=True).returncode == 0)
+
+    def crash(self) -> None:
+        """SIGKILL to every process of it."""
+        self.process.stop(grace=0)
+
+
+class Server:
+    """`prefect server start` on a database, its home in a folder."""
+
+    def __init__(self, folder: Path, database: str | None) -> None:
+        self.port, self.folder = free_port(), folder
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.environment = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        if database:
+            self.environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database
+        self.start()
+
+    def start(self) -> None:
+        command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        self.process = Process([sys.executable, *command], self.environment, self.folder / "server.log")
+        wait_until(self.healthy)
+
+    def healthy(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+            return answer.status == 200
+        return False
+
+    def run_states(self) -> list[str]:
+        """State types of all flow runs, and of their task runs."""
+        states = []
+        for kind in ("flow_runs", "task_runs"):
+            request = urllib.request.Request(
+                f"{self.url}/{kind}/filter", b"{}", {"Content-Type": "application/json"}
+            )  # fmt: skip
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                states += [run["state_type"] for run in json.load(answer)]
+        return states
+
+
+def wait_until(holds, seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def start_flow(url: str, folder: Path, workspace: Path, seconds: int = 8, size: int = 10) -> Process:
+    (folder / "faults_flow.py").write_text(FLOW)
+    environment = {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "client"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(folder / "faults_flow.py"), str(workspace), str(seconds), str(size)]
+    return Process(command, environment, folder / "flow.log")
+
+
+def said(process: Process, text: str) -> bool:
+    return process.wait(0) is not None or any(text in line for line in process.tail)
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Postgres]:
+    if os.geteuid() or not BINARIES:
+        pytest.skip("needs root, and Debian's postgresql")
+    postgres = Postgres()
+    yield postgres
+    postgres.process.stop()
+    shutil.rmtree(postgres.folder)
+
+
+@pytest.fixture(scope="module")
+def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), database.url)
+    yield server
+    server.process.stop()
+
+
+def test_a_run_survives_a_crash_of_the_database_and_a_restart_of_the_server(
+    server: Server, database: Postgres, tmp_path: Path
+) -> None:
+    flow = start_flow(server.url, tmp_path, tmp_path / "work")
+    wait_until(lambda: said(flow, "working shard"))
+    database.crash()
+    time.sleep(5)
+    database.start()
+    wait_until(lambda: said(flow, "working index"))
+    server.process.stop()
+    time.sleep(5)
+    server.start()
+    assert flow.wait(300) == 0, list(flow.tail)[-30:]
+    (record,) = (tmp_path / "work").glob("index/*")
+    assert load_record(IndexRecord, record).num_samples == {"train": 1}
+    wait_until(lambda: set(server.run_states()) == {"COMPLETED"}, 60)
+
+
+def test_results_survive_the_loss_of_the_database(tmp_path: Path) -> None:
+    """A new server with an empty database finds the stages' records on disk, and works on nothing."""
+    for number, seconds in enumerate((0, 60)):  # a stage that worked would take a minute
+        (home := tmp_path / f"home{number}").mkdir()
+        server = Server(home, None)
+        begun = time.monotonic()
+        flow = start_flow(server.url, tmp_path, tmp_path / "work", seconds)
+        assert flow.wait(300) == 0, list(flow.tail)[-30:]
+        assert not number or time.monotonic() - begun < 100
+        assert not any("working" in line for line in flow.tail)
+        server.process.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_fails_at_once_and_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    try:
+        flow = start_flow(server.url, tmp_path, disk / "work", seconds=0, size=4 << 20)
+        assert flow.wait(300) == 1
+        assert any("No space left on device" in line for line in flow.tail)
+        assert not any("retry" in line.lower() for line in flow.tail)
+        assert not list((disk / "work" / "shard").iterdir())
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)  # the remedy
+        flow = start_flow(server.url, tmp_path, disk / "work", seconds=0, size=4 << 20)
+        assert flow.wait(300) == 0, list(flow.tail)[-30:]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_killed_run_blocks_nobody(server: Server, tmp_path: Path) -> None:
+    """kill -9 of the flow's process while it holds the stage's lock; the next run does the work."""
+    flow = start_flow(server.url, tmp_path, tmp_path / "work")
+    wait_until(lambda: said(flow, "working shard 1"))
+    os.kill(flow.pid, signal.SIGKILL)
+    assert flow.wait(60) is not None
+    flow = start_flow(server.url, tmp_path, tmp_path / "work", seconds=0)
+    assert flow.wait(300) == 0, list(flow.tail)[-30:]
+    assert not [path for path in (tmp_path / "work" / "shard").iterdir() if path.name.startswith(".t")]
