@@ -24,6 +24,7 @@ from wan_core.records import EvaluateRecord, ShardRecord, load_record
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 FRAMES, SIDE = 5, 32
+SECRETS = {name: f"secret-of-the-test-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 CONFIG: dict[str, Any] = {
     "name": "t",
     "encode": {
@@ -56,16 +57,16 @@ def prefect(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def deployed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every deployment on the test's server, and a worker of the pool."""
+def deployed(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every deployment on the test's server, and a worker of the pool, whose folder this is."""
     prefect("work-pool", "create", "wan", "--type", "process")
     prefect("--no-prompt", "deploy", "--all", "--prefect-file", str(FILE.relative_to(ROOT)))
     folder = tmp_path_factory.mktemp("worker")
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     worker = Process(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "wan"], paths, folder / "worker.log"
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "wan"], paths | SECRETS, folder / "worker.log"
     )
-    yield
+    yield folder
     worker.stop()
 
 
@@ -83,8 +84,7 @@ def parameters(**values: Any) -> list[str]:
     return [text for name, value in values.items() for text in ("--param", f"{name}={json.dumps(value)}")]
 
 
-@pytest.mark.usefixtures("deployed")
-def test_end_to_end_then_only_the_shards_again(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_end_to_end_then_only_the_shards_again(deployed: Path, videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(tmp_path))
     prefect("deployment", "run", "end-to-end/default", *given, "--watch")
     (report,) = tmp_path.glob("evaluate/t-*")
@@ -95,6 +95,13 @@ def test_end_to_end_then_only_the_shards_again(videos: Path, tiny_model: Path, t
     prefect("deployment", "run", "shard/demo", *again, "--watch")
     (after,) = set(tmp_path.glob("shard/t-*")) - {before}
     assert load_record(ShardRecord, after).num_samples == load_record(ShardRecord, before).num_samples
+
+    written = [*deployed.rglob("*"), *tmp_path.rglob("*"), *Path(os.environ["PREFECT_HOME"]).rglob("*")]
+    texts = {path: path.read_bytes() for path in written if path.is_file()}
+    assert any(path.name.startswith("prefect.db") for path in texts) and any(
+        b"evaluate/t-" in t for t in texts.values()
+    )
+    assert not [path for path, text in texts.items() if b"secret-of-the-test" in text]
 
 
 @pytest.mark.usefixtures("deployed")
