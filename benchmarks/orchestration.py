@@ -1,0 +1,129 @@
+"""What orchestration costs: a stage as a task over the plain function, and encode's task runs with no-op parts.
+
+    python -m benchmarks.orchestration stages 20
+    python -m benchmarks.orchestration parts 1000 2000 5000 10000
+
+One JSON line per measurement. Seconds of CPU are steadier than seconds of wall time on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.server import prefect_api
+
+
+def usage(process: psutil.Process) -> tuple[float, float]:
+    """CPU seconds and MiB of resident memory."""
+    times = process.cpu_times()
+    return times.user + times.system, process.memory_info().rss / 2**20
+
+
+def server_process() -> psutil.Process:
+    found = [child for child in psutil.Process().children(recursive=True) if "uvicorn" in " ".join(child.cmdline())]
+    return found[0]
+
+
+def measured(name: str, count: int, work: Any) -> None:
+    """Run `work` and print what it cost this process and the server, per item."""
+    here, server = psutil.Process(), server_process()
+    before, server_before, begun = usage(here), usage(server), time.monotonic()
+    work()
+    seconds, after = time.monotonic() - begun, usage(here)
+    deadline = time.monotonic() + 600  # the server works off its queue of events
+    busy = usage(server)[0]
+    while time.monotonic() < deadline:
+        time.sleep(3)
+        now = usage(server)[0]
+        if now - busy < 0.3:
+            break
+        busy = now
+    database = sum(path.stat().st_size for path in Path(os.environ["PREFECT_HOME"]).glob("prefect.db*"))
+    row = {
+        "what": name, "count": count, "wall_ms_each": round(1e3 * seconds / count, 1),
+        "flow_cpu_ms_each": round(1e3 * (after[0] - before[0]) / count, 2),
+        "server_cpu_ms_each": round(1e3 * (usage(server)[0] - server_before[0]) / count, 2),
+        "flow_mib": round(after[1]), "flow_mib_grown": round(after[1] - before[1], 1),
+        "server_mib": round(usage(server)[1]), "database_mib": round(database / 2**20, 1),
+    }  # fmt: skip
+    print(json.dumps(row), flush=True)
+
+
+def stages(root: Path, count: int) -> None:
+    """`count` different shard stages that write one small file: plain, as tasks, and found again."""
+    from prefect import flow
+
+    from tasks.stage import Target, Workspace, stage_task
+    from wan_core.config import ShardConfig
+    from wan_core.records import ShardRecord, fingerprint, writing
+
+    def work(target: Target, config: ShardConfig) -> ShardRecord:
+        with writing("shard", target.folder, config, target.fingerprint) as output:
+            (output.path / "data").write_text("bytes")
+            return output.finish(ShardRecord, num_samples={"train": 1}, shards={"data": 1}, encoder={})
+
+    task = stage_task("shard")(work)
+
+    @flow
+    def as_tasks() -> None:
+        run = Workspace(root / "tasks", "t")
+        for seed in range(count):
+            config = ShardConfig(seed=seed)
+            run.make(task, run.target("shard", ShardRecord, fingerprint("shard", config)), config=config)
+
+    def plain() -> None:
+        run = Workspace(root / "plain", "t")
+        for seed in range(count):
+            config = ShardConfig(seed=seed)
+            work(run.target("shard", ShardRecord, fingerprint("shard", config)), config)
+
+    measured("plain function", count, plain)
+    measured("stage as task", count, as_tasks)
+    measured("stage found again", count, as_tasks)
+
+
+def parts(count: int) -> None:
+    """`count` task runs of encode whose worker returns at once."""
+    from prefect import flow
+    from prefect.futures import wait
+    from prefect.task_runners import ThreadPoolTaskRunner
+
+    from tasks.encode import encode_part
+    from wan_core.encode.stage import Part
+
+    class Nothing:
+        def encode(self, *arguments: Any) -> None: ...
+        def report(self, *arguments: Any) -> None: ...
+
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=16), validate_parameters=False)
+    def no_op() -> None:
+        pool: Any = Nothing()
+        futures = [encode_part.submit(Part(f"{i:06d}", ()), pool, pool, Path(), Path()) for i in range(count)]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    measured("no-op part", count, no_op)
+
+
+def main() -> None:
+    os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
+    what, counts = sys.argv[1], [int(text) for text in sys.argv[2:]]
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder, prefect_api(Path(folder)):
+            if what == "stages":
+                stages(Path(folder), count)
+            else:
+                parts(count)
+
+
+if __name__ == "__main__":
+    main()
