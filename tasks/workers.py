@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from wan_core.encode.stage import Part
 
 POLL_SECONDS = 1.0
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
 
 
@@ -111,6 +112,23 @@ class EncodePool:
             raise Closed("the run is ending")
 
 
+def start_local(num_cpus: int, options: dict[str, Any]) -> None:
+    """Start a Ray on this machine, whatever other Ray runs on it."""
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(  # without "local" Ray joins any cluster that it finds here
+                address="local", num_cpus=num_cpus, include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES, **options,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray gives its node 30 s, not to be changed, which a loaded machine exceeds
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
+                raise
+            ray.shutdown()
+
+
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to `config.address`, or start a Ray of this process's own; leave as found."""
@@ -125,10 +143,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.address is None:
-        needed = max(os.cpu_count() or 1, round(config.actors * config.cpus_per_actor + 0.5))
-        ray.init(  # "local", because without an address Ray joins whatever cluster runs on this machine
-            address="local", num_cpus=needed, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-        )
+        start_local(max(os.cpu_count() or 1, round(config.actors * config.cpus_per_actor + 0.5)), quiet)
     else:
         ray.init(address=config.address, **quiet)
     if threading.current_thread() is threading.main_thread():
