@@ -117,6 +117,7 @@ def start_local(num_cpus: int, options: dict[str, Any]) -> None:
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
+        before = children()
         try:
             ray.init(  # without "local" Ray joins any cluster that it finds here
                 address="local", num_cpus=num_cpus, include_dashboard=False,
@@ -126,7 +127,14 @@ def start_local(num_cpus: int, options: dict[str, Any]) -> None:
         except Exception as error:  # Ray gives its node 30 s, not to be changed, which a loaded machine exceeds
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
                 raise
-            ray.shutdown()
+            for pid in children() - before:  # and it forgets what it has started by then
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that have not been waited for."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
 
 
 def wan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*WAN, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*WAN, *arguments], capture_output=True, text=True, timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ cli.main()
         env={**outside, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OUTER_MARK": mark},
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    end = time.monotonic() + 120
+    end = time.monotonic() + 400
     while not (tmp_path / "ready").exists() and time.monotonic() < end and command.poll() is None:
         time.sleep(0.2)
     assert (tmp_path / "ready").exists()

@@ -84,6 +84,7 @@ def parameters(**values: Any) -> list[str]:
     return [text for name, value in values.items() for text in ("--param", f"{name}={json.dumps(value)}")]
 
 
+@pytest.mark.slow
 def test_end_to_end_then_only_the_shards_again(deployed: Path, videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(tmp_path))
     prefect("deployment", "run", "end-to-end/default", *given, "--watch")
