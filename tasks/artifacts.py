@@ -61,7 +61,7 @@ def markdown(record: Record) -> str:
     rows = [("folder", f"`{record.path}`"), ("fingerprint", f"`{record.fingerprint[:16]}`")]
     rows += [(name, _cell(value)) for name, value in vars(record).items() if name not in HIDDEN]
     rows += [("output", f"{len(record.files)} files, {human_bytes(record.num_bytes)}")]
-    rows += [("worked for", f"{record.seconds:.1f} s"), ("config", f"`{_cell(json.dumps(record.config))}`")]
+    rows += [("worked for", f"{record.seconds:.1f} s")]
     table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows)
     return f"## {record.stage}: {record.path.name}\n\n| | |\n|---|---|\n{table}\n"
 
@@ -104,12 +104,12 @@ def address(path: Path, workspace: Path) -> str | None:
 
 
 def _links(record: Record) -> Iterator[tuple[str, str]]:
-    """Key and address of what a record's page leads to."""
+    """Name and address of what a record's page leads to."""
     workspace = record.path.parents[1]
     if isinstance(record, EvaluateRecord) and (url := address(record.report, workspace)):
-        yield "report", url
+        yield "the report", url
     if isinstance(record, TrainRecord) and (base := os.environ.get("WAN_TENSORBOARD_URL")):
-        yield "tensorboard", f"{base.rstrip('/')}/?runFilter={record.path.name}#timeseries"
+        yield "TensorBoard", f"{base.rstrip('/')}/?runFilter={record.path.name}#timeseries"
 
 
 def clips(record: EncodeRecord) -> Iterator[dict[str, Any]]:
@@ -168,12 +168,14 @@ def publish(record: Record) -> None:
     if isinstance(record, IndexRecord):
         create_markdown_artifact(key="dataset-card", markdown=dataset_card(record.path), description=record.path.name)
     links = dict(_links(record))
-    page += "".join(f"\n[Open the {key}]({url})\n" for key, url in links.items())
+    page += "".join(f"\n[Open {text}]({url})\n" for text, url in links.items())
+    page += f"\n### Config\n\n```json\n{json.dumps(record.config, indent=1, ensure_ascii=False)}\n```\n"
     create_markdown_artifact(key=record.stage, markdown=page, description=f"{record.stage} {record.path.name}")
     for key, description, rows in tables(record):
         create_table_artifact(key=key, table=rows, description=description)
-    for key, url in links.items():
-        create_link_artifact(link=url, key=f"{key}-link", link_text=f"{key} of {record.path.name}")
+    for text, url in links.items():
+        key = f"{text.split()[-1].lower()}-link"
+        create_link_artifact(link=url, key=key, link_text=text, description=f"{text} of {record.path.name}")
 
 
 def publish_validation(start: Path, before: Validation, candidate: Path, after: Validation) -> None:
