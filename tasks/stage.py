@@ -85,12 +85,6 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Take away what a killed run was writing; the caller holds the lock, so nobody writes now."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left)
-
-
 def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], Task[..., R]]:
     """Make a function `(target, ...) -> Record` the Prefect task of a stage. `Workspace.make` calls it."""
 
@@ -101,7 +95,6 @@ def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], T
                 forget(target.folder)
             if found := target.find():  # Prefect's result was lost, or the workspace moved
                 return found
-            sweep(target.folder)
             record = work(target, **arguments)
             publish(record)
             return record
