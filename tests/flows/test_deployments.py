@@ -21,6 +21,7 @@ from tasks.process import Process
 from wan_core.encode.video import write_video
 from wan_core.records import EvaluateRecord, ShardRecord, load_record
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 FRAMES, SIDE = 5, 32
@@ -84,7 +85,6 @@ def parameters(**values: Any) -> list[str]:
     return [text for name, value in values.items() for text in ("--param", f"{name}={json.dumps(value)}")]
 
 
-@pytest.mark.slow
 def test_end_to_end_then_only_the_shards_again(deployed: Path, videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(tmp_path))
     prefect("deployment", "run", "end-to-end/default", *given, "--watch")
