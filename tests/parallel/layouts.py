@@ -105,7 +105,7 @@ def main() -> None:
         worker.started(layouts, args.out, args.steps, args.overrides)
         return
     with tempfile.TemporaryDirectory() as folder:
-        worker.fork(args.fork, Path(folder) / "store", layouts, args.out, args.steps, args.overrides)
+        worker.fork(Path(folder), layouts, args.out, args.steps, args.overrides)
 
 
 if __name__ == "__main__":

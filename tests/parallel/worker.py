@@ -248,12 +248,17 @@ def started(layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> N
     work(rank, store, layouts, out, steps, extra)
 
 
-def fork(ranks: int, store: Path, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
-    """Work in forks of this process; the first failure ends them all."""
+def fork(stores: Path, layouts: list[Layout], out: Path, steps: int, extra: list[str]) -> None:
+    """Work in forks of this process, new ones for each layout; the first failure ends it.
+
+    Gloo's threads outlive their process groups: in one process, 30 layouts leave over a thousand of them polling.
+    """
     write_model(out / "model")
     gc.freeze()  # else each fork's first collection walks through, and copies, all that was imported
-    start_processes(_forked, (ranks, store, layouts, out, steps, extra), nprocs=ranks, start_method="fork")
+    for number, layout in enumerate(layouts):
+        arguments = (layout, stores / str(number), out, steps, extra)
+        start_processes(_forked, arguments, nprocs=layout.ranks, start_method="fork")
 
 
-def _forked(rank: int, ranks: int, store: Path, *arguments: Any) -> None:
-    work(rank, dist.FileStore(str(store), ranks), *arguments)
+def _forked(rank: int, layout: Layout, store: Path, *arguments: Any) -> None:
+    work(rank, dist.FileStore(str(store), layout.ranks), [layout], *arguments)
