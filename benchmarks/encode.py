@@ -1,7 +1,8 @@
 """Time the VAE's encoder and UMT5 at full size on one GPU, beside diffusers and the peer's loop.
 
-    python3 benchmarks/encode.py                 # the table: about 3 minutes
-    python3 benchmarks/encode.py --only convs    # each convolution by itself, cuDNN and ours: about 1 minute
+    python3 benchmarks/encode.py                      # the table: about 4 minutes
+    python3 benchmarks/encode.py --only ours text     # without timing diffusers: about 1 minute
+    python3 benchmarks/encode.py --only convs         # each convolution by itself, cuDNN and ours
 
 Needs torch, triton, diffusers and transformers; no network, no PyAV: weights are random in the published configs, and
 frames come from threads that take as long as a decoder would. One JSON line per row. `error` is |ours - reference| /
@@ -47,8 +48,7 @@ def clip() -> Tensor:
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
-    work()
-    torch.cuda.synchronize()
+    """Median, of work that has run once."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -58,56 +58,54 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
-def measured(row: str, encode: Callable[[Tensor], Tensor], video: Tensor, reference: Tensor | None) -> Tensor | None:
-    """One row of the table; None if it fails, and then the row says why."""
+def measured(row: str, encode: Callable[[Tensor], Tensor], video: Tensor, reference: Tensor) -> None:
+    """One row of the table."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
         mean = encode(video)
-        error = None if reference is None else float((mean - reference).norm() / reference.norm())
+        error = float((mean - reference).norm() / reference.norm())
         took = seconds(lambda: encode(video), 2)
     except Exception as failure:  # a row that fails must not cost the others their time on the machine
         report(row=row, failed=f"{type(failure).__name__}: {failure}"[:600])
-        return None
-    report(row=row, seconds=took, error=error, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
-    return mean
+    else:
+        report(row=row, seconds=took, error=error, peak_gib=torch.cuda.max_memory_allocated() / 2**30)
 
 
-def diffusers_rows(video: Tensor) -> tuple[AutoencoderKLWan, Tensor]:
+def published_vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = AutoencoderKLWan().eval().requires_grad_(False)
+        return AutoencoderKLWan().eval().requires_grad_(False)
 
-    def encode(video: Tensor) -> Tensor:
-        return model.encode(to_float(video).to(model.dtype)).latent_dist.mode().float()
 
+def diffusers_mean(model: AutoencoderKLWan, video: Tensor) -> Tensor:
+    return model.encode(to_float(video).to(model.dtype)).latent_dist.mode().float()
+
+
+def reference_of(model: AutoencoderKLWan, video: Tensor) -> Tensor:
     with allow_tf32(False):
-        reference = measured("diffusers float32", encode, video, None)
-    assert reference is not None
+        return diffusers_mean(model, video)
+
+
+def diffusers_rows(video: Tensor, reference: Tensor) -> None:
+    model = published_vae()
+    measured("diffusers float32", partial(reference_of, model), video, reference)
     with allow_tf32(True):
-        measured("diffusers float32, TF32 convolutions (torch's default)", encode, video, reference)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+        measured("diffusers float32, TF32 (torch's default)", partial(diffusers_mean, model), video, reference)
     model.bfloat16()
-    measured("diffusers bfloat16", encode, video, reference)
-    model.load_state_dict(weights)
-    model.half().enable_tiling()
-    measured("diffusers float16, tiled (the peer's loop)", encode, video, reference)
-    model.disable_tiling()
-    model.float().load_state_dict(weights)
-    return model, reference
+    measured("diffusers bfloat16", partial(diffusers_mean, model), video, reference)
+    model = published_vae().half()
+    model.enable_tiling()
+    measured("diffusers float16, tiled (the peer's loop)", partial(diffusers_mean, model), video, reference)
 
 
 def our_rows(model: AutoencoderKLWan, reference: Tensor, video: Tensor) -> None:
     frames = video.permute(0, 2, 3, 4, 1).contiguous()
-    for name, precision in PRECISIONS.items():
-        for conv in ("cudnn", "triton"):
-            if (name, conv) == ("float32", "triton"):
-                continue
-            encoder = FastEncoder(model, precision, conv)
-            measured(f"ours {name}, {conv}", encoder, frames, reference)
-            if name in ("tfloat32", "bfloat16"):
-                kernels(f"ours {name}, {conv}", partial(encoder, frames))
+    for name in ("float16", "float16x3", "bfloat16"):
+        encoder = FastEncoder(model, PRECISIONS[name])
+        measured(f"ours {name}", encoder, frames, reference)
+        kernels(f"ours {name}", partial(encoder, frames))
 
 
 def kernels(row: str, work: Callable[[], Any]) -> None:
@@ -167,20 +165,25 @@ def pipeline_row(model: AutoencoderKLWan, name: str, clips: int) -> None:
 def conv_rows() -> None:
     """One chunk's convolution at each width of the VAE, in TFLOP/s."""
     for channels, lines, pixels, frames in ((96, 480, 832, 16), (192, 240, 416, 16), (384, 120, 208, 8)):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            padded = torch.randn(1, frames + 2, lines + 2, pixels + 2, channels, device="cuda").to(dtype)
-            weight = torch.randn(channels, channels, 3, 3, 3, device="cuda").to(dtype)
-            compare_convs(padded, weight.contiguous(memory_format=torch.channels_last_3d))
+        for dtype in (torch.bfloat16, torch.float16):
+            padded = torch.randn(1, 1, frames + 2, lines + 2, pixels + 2, channels, device="cuda").to(dtype)
+            compare_convs(padded, torch.randn(channels, channels, 3, 3, 3, device="cuda"))
 
 
 def compare_convs(padded: Tensor, weight: Tensor) -> None:
     from triton.testing import do_bench
 
-    from wan_core.encode.vae_kernels import conv3
+    from wan_core.encode.vae_kernels import conv3, conv_table
 
     channels, dtype = padded.shape[-1], padded.dtype
-    work = 2 * 27 * channels**2 * (padded.shape[1] - 2) * (padded.shape[2] - 2) * (padded.shape[3] - 2) / 1e9
-    expected = F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+    work = 2 * 27 * channels**2 * (padded.shape[2] - 2) * (padded.shape[3] - 2) * (padded.shape[4] - 2) / 1e9
+    table = conv_table(weight, dtype, 1)
+    weight = weight.to(dtype, memory_format=torch.channels_last_3d)
+
+    def cudnn() -> Tensor:
+        return F.conv3d(padded[0].permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+
+    expected = cudnn()
 
     def line(by: str, convolve: Callable[[], Tensor]) -> None:
         about = {"row": "conv", "by": by, "channels": channels, "dtype": str(dtype)}
@@ -190,15 +193,10 @@ def compare_convs(padded: Tensor, weight: Tensor) -> None:
         except Exception as failure:  # the other choices are still worth their time
             report(**about, failed=f"{type(failure).__name__}: {failure}"[:300])
 
-    def cudnn() -> Tensor:
-        return F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
-
-    for benchmark in (False, True):
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, deterministic=False, allow_tf32=True):
-            line(f"cudnn, benchmark={benchmark}", cudnn)
-    choices: tuple[dict[str, Any], ...] = ({}, {"stages": 4}, {"merged": False}, {"warps": 4}, {"m": 256}, {"k": 32})
-    for choice in choices[:1] if dtype == torch.float16 else choices:
-        line(f"ours {choice}", partial(conv3, padded, weight, dtype == torch.float32, **choice))
+    line("cudnn", cudnn)
+    choices: tuple[dict[str, Any], ...] = ({}, {"stages": 4}, {"warps": 4, "m": 128}, {"m": 128}, {"m": 256})
+    for choice in choices:
+        line(f"ours {choice}", partial(conv3, padded, table, dtype, **choice))
 
 
 def text_rows(captions: int) -> None:
@@ -229,45 +227,52 @@ def text_rows(captions: int) -> None:
             out += [state[: len(row)].clone() for state, row in zip(states, rows, strict=True)]
         return out
 
-    reference = whole(1)
+    encode_ids(model, ids)  # warms up
+    reference: list[Tensor] = []
     for row, work in (
         ("one caption padded to 512 (WanPipeline)", lambda: whole(1)), ("32 captions padded to 512", lambda: whole(32)),
         ("ours", lambda: encode_ids(model, ids)),
     ):  # fmt: skip
-        torch.cuda.reset_peak_memory_stats()
-        pairs = zip(work(), reference, strict=True)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        embeds = work()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - started
+        reference = reference or embeds
+        pairs = zip(embeds, reference, strict=True)
         errors = [float((ours.float() - theirs.float()).norm() / theirs.float().norm()) for ours, theirs in pairs]
         report(
-            row=f"UMT5-xxl bfloat16, {row}", captions_per_second=captions / seconds(work, 1), largest_error=max(errors),
+            row=f"UMT5-xxl bfloat16, {row}", captions_per_second=captions / took, largest_error=max(errors),
             mean_length=float(lengths.mean()), peak_gib=torch.cuda.max_memory_allocated() / 2**30,
         )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="*", choices=("vae", "pipeline", "text", "convs"), default=["vae", "pipeline", "text"]
-    )
+    parts = ("diffusers", "ours", "pipeline", "text", "convs")
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts[:4])
     parser.add_argument("--clips", type=int, default=50)
     parser.add_argument("--captions", type=int, default=256)
     arguments = parser.parse_args()
-    report(
-        row="device", device=torch.cuda.get_device_name(), torch=torch.__version__, cudnn=torch.backends.cudnn.version()
-    )
-    if "convs" in arguments.only:
+    device, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
+    report(row="device", device=device, torch=torch.__version__, cudnn=cudnn)
+    chosen = set(arguments.only)
+    if "convs" in chosen:
         conv_rows()
-    if {"vae", "pipeline"} & set(arguments.only):
-        video = clip()
-        model, reference = diffusers_rows(video)
-        if "vae" in arguments.only:
+    if chosen & {"diffusers", "ours"}:
+        video, model = clip(), published_vae()
+        reference = reference_of(model, video)
+        if "diffusers" in chosen:
+            diffusers_rows(video, reference)
+        if "ours" in chosen:
             our_rows(model, reference, video)
-        if "pipeline" in arguments.only:
-            for name in ("bfloat16", "tfloat32"):
-                pipeline_row(model, name, arguments.clips)
         del model, reference, video
         gc.collect()
         torch.cuda.empty_cache()
-    if "text" in arguments.only:
+    if "pipeline" in chosen:
+        for name in ("float16", "bfloat16"):
+            pipeline_row(published_vae(), name, arguments.clips)
+    if "text" in chosen:
         text_rows(arguments.captions)
 
 

@@ -42,6 +42,17 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, PASSING) and not isinstance(error, FINAL) and not full
 
 
+def may_be_one_clips_doing(error: BaseException) -> bool:
+    """Whether a part failed in a way that one of its clips may cause: its worker died, or memory ran out."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's and Ray's, unimported
+        return True
+    if type(error).__module__.startswith("ray"):
+        from ray.exceptions import RayActorError
+
+        return isinstance(error, RayActorError)
+    return False
+
+
 def retrying_helps(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's `retry_condition_fn`."""
     error = state.result(raise_on_failure=False)

@@ -16,27 +16,44 @@ from wan_core.data.folder import Location
 from wan_core.records import PartRecord
 
 if TYPE_CHECKING:
-    from wan_core.encode.stage import Part
+    from wan_core.encode.part import Part
 
 POLL_SECONDS = 1.0
 START_ATTEMPTS = 3
+READY_RETRIES = 3  # of a worker that dies while it loads its encoders
 OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
+
+
+class WorkersLostError(RuntimeError):
+    """No worker is left: none could load its encoders."""
 
 
 class EncodeWorker:
     """One VAE and one text encoder, loaded once. A second thread answers `progress()` while `encode` works."""
 
     def __init__(self, config: EncodeConfig, model: Path, device: str) -> None:
-        from wan_core.encode.stage import load_encoders
+        from wan_core.encode.part import load_encoders
 
         self.config, self.done = config, 0
         self.encoders = load_encoders(config, model, device)
 
+    def ready(self) -> None:
+        """Answers once the encoders are loaded."""
+
     def encode(self, part: Part, videos: Location, output_dir: Path) -> PartRecord:
-        from wan_core.encode.stage import encode_part
+        import torch
+
+        from wan_core.encode.part import encode_part
 
         self.done = 0
-        return encode_part(self.config, part, videos, output_dir, self.encoders, progress=self._count)
+        try:
+            return encode_part(self.config, part, videos, output_dir, self.encoders, progress=self._count)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise
+        except torch.AcceleratorError as error:  # the GPU's context is lost, and with it this process
+            print(f"ending this worker: {error}", flush=True)
+            os._exit(1)
 
     def progress(self) -> int:
         """Clips of the current part that are done."""
@@ -51,7 +68,10 @@ class Closed(RuntimeError):
 
 
 class EncodePool:
-    """Workers to borrow, one part at a time. Must be used inside `ray_session`."""
+    """Workers to borrow, one part at a time. Must be used inside `ray_session`.
+
+    A worker is lent once it has loaded its encoders, so what ends it after that is the part's doing or the machine's.
+    """
 
     def __init__(self, config: EncodeConfig, ray_config: RayConfig, model: Path) -> None:
         import ray
@@ -64,8 +84,26 @@ class EncodePool:
         device = "cuda" if ray_config.gpus_per_actor else "cpu"
         self._closed = threading.Event()
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._num_left, self._lock = ray_config.actors, threading.Lock()
         for _ in range(ray_config.actors):
-            self._free.put(remote.remote(config, model, device))
+            self._admit(remote.remote(config, model, device))
+
+    def _admit(self, worker: Any) -> None:
+        """Lend a worker as soon as it is ready, which may be after Ray has started it on another node."""
+
+        def wait() -> None:
+            import ray
+
+            try:
+                ray.get(worker.ready.options(max_task_retries=READY_RETRIES).remote())
+                self._free.put(worker)
+            except Exception as error:  # raised again by whoever wants a worker, once none is left
+                with self._lock:
+                    self._num_left -= 1
+                    if self._num_left == 0:
+                        self._free.put(error)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def close(self) -> None:
         """Let every thread that waits for a worker, or for its answer, end within about a second."""
@@ -73,11 +111,21 @@ class EncodePool:
 
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[Any]:
+        from ray.exceptions import RayActorError
+
         worker = self._free.get()
+        if isinstance(worker, Exception):
+            self._free.put(worker)  # for the next who asks
+            raise WorkersLostError(f"no worker could load its encoders: {worker}") from worker
         try:
             yield worker
-        finally:
+        except RayActorError:
+            self._admit(worker)
+            raise
+        except BaseException:
             self._free.put(worker)
+            raise
+        self._free.put(worker)
 
     def encode(self, part: Part, videos: Location, output_dir: Path, progress: Callable[[int], None]) -> PartRecord:
         """Encode a part on the next free worker.
@@ -88,6 +136,7 @@ class EncodePool:
         Raises:
             RayActorError: the worker died; Ray starts another in its place.
             Closed: `close` was called.
+            WorkersLostError: no worker is left.
         """
         import ray
 

@@ -128,12 +128,14 @@ class EncodeConfig:
     """PySceneDetect's detector; clips end at its cuts."""
     scene_threshold: float = 0.0
     """Of the scene detector; 0: its own."""
-    vae_dtype: Literal["float32", "tfloat32", "float16", "bfloat16"] = "float32"
+    vae_dtype: Literal["float32", "float16x3", "float16", "bfloat16"] = "float32"
     """What the VAE's products are of."""
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of the text encoder. Never float16: UMT5 overflows to zeros."""
     clips_per_part: int = place(64)
     """Clips that one task encodes; a failure costs at most this much work."""
+    decode_threads: int = place(4)
+    """Of one worker; as many decoded clips wait in memory, and one more."""
     max_quarantine_share: float = place(0.2)
     """The stage fails when a larger share of the clips cannot be used."""
     __pydantic_config__ = STRICT
@@ -150,6 +152,7 @@ class EncodeConfig:
         self._check_ranges()
         check(self.fps > 0, f"fps={self.fps} is not positive; WAN 2.1 was trained at 16")
         check(self.clips_per_part >= 1, f"clips_per_part={self.clips_per_part} is below 1; choose 64")
+        check(self.decode_threads >= 1, f"decode_threads={self.decode_threads} is below 1; choose 4")
         check(
             0 <= self.max_quarantine_share <= 1,
             f"max_quarantine_share={self.max_quarantine_share} is not a share; choose a value in [0, 1]",

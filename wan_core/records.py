@@ -74,6 +74,9 @@ class PartRecord(Record):
 
     num_clips: int
     num_quarantined: int
+    vae_error: float | None = (
+        None  # |latents - float32's| / |float32's| at the start of the first clip; None in float32
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ class EncodeRecord(Record):
     num_clips: int
     num_quarantined: int
     encoder: dict[str, str]  # names and weight digests of VAE and text encoder
+    vae_error: float = 0.0  # the largest of the parts; 0 in float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("window_stride", type=int, default=0, help="frames between the starts of windows (default: no overlap)")
     add("scene_detector", choices=("none", "content", "adaptive"), default="none", help="cut videos at scene changes")
     add("scene_threshold", type=float, default=0.0, help="of the detector (default: its own)")
-    add("vae_dtype", choices=("float32", "tfloat32", "float16", "bfloat16"), default=default.vae_dtype)
+    add("vae_dtype", choices=("float32", "float16x3", "float16", "bfloat16"), default=default.vae_dtype)
     add("text_dtype", choices=("float32", "bfloat16"), default=default.text_dtype)
     add("shard_maxcount", type=int, default=sharding.max_samples, help="samples per shard (default %(default)s)")
     add("val_share", type=float, default=sharding.val_share, help="share of validation files (default %(default)s)")

@@ -21,39 +21,23 @@ import fcntl
 import json
 import os
 import shutil
-import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from wan_core import records
 from wan_core.config import EncodeConfig, check
 from wan_core.data.clips import Clip, Quarantined, scan
-from wan_core.data.folder import ChangedError, Folder, Location, open_folder
-from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
+from wan_core.data.folder import Location, open_folder
 from wan_core.digests import encoder_identity
-from wan_core.encode.decode import ClipError
+from wan_core.encode.part import Part, encode_part, load_encoders, part_fingerprint, part_of
 from wan_core.encode.ranges import cut
-from wan_core.encode.text import TextEncoder, load_text_encoder
-from wan_core.encode.vae import Vae, load_vae
-from wan_core.encode.video import read_clip
 from wan_core.records import EncodeRecord, PartRecord
-
-
-@dataclass(frozen=True)
-class Part:
-    """Clips that one worker encodes into one tar."""
-
-    name: str
-    clips: tuple[Clip, ...]
 
 
 @dataclass(frozen=True)
@@ -73,15 +57,6 @@ class EncodePlan:
     dataset: Dataset
     parts: tuple[Part, ...]  # still to be encoded
     num_encoded: int  # clips that lie in parts already, quarantined ones included
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """What a worker loads once."""
-
-    vae: Vae
-    text: TextEncoder
-    identity: dict[str, str]
 
 
 def settings_fingerprint(config: EncodeConfig, model: Path) -> str:
@@ -108,51 +83,8 @@ def plan(config: EncodeConfig, dataset: Dataset, output_dir: Path) -> EncodePlan
     missing = [clip for clip in dataset.clips if clip.key not in known]
     size = config.clips_per_part
     groups = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
-    parts = tuple(Part(records.digest(sorted(clip.key for clip in group))[:12], group) for group in groups)
+    parts = tuple(part_of(group) for group in groups)
     return EncodePlan(dataset, parts, num_encoded=len(dataset.clips) - len(missing))
-
-
-def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
-    """Load both encoders onto a device: once per worker process."""
-    vae = load_vae(model, config.vae_dtype, device)
-    text = load_text_encoder(model, getattr(torch, config.text_dtype), device)
-    return Encoders(vae, text, encoder_identity(model))
-
-
-def encode_part(
-    config: EncodeConfig,
-    part: Part,
-    videos: Location,
-    output_dir: Path,
-    encoders: Encoders,
-    progress: Callable[[int], None] = lambda done: None,
-) -> PartRecord:
-    """Encode the clips of one part into `output_dir/parts/<name>`, or return the record of a part that is whole.
-
-    Args:
-        progress: called after each clip with the number of clips done.
-    """
-    folder = output_dir / "parts" / part.name
-    wanted = _part_fingerprint(config, encoders.identity, [clip.key for clip in part.clips])
-    if found := records.find_record(PartRecord, folder, wanted):
-        return found
-    folder_of_clips = open_folder(videos)
-    quarantined: list[dict[str, Any]] = []
-    with records.writing("encode", folder, config, wanted) as output:
-        with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            pixels = _ahead(lambda clip: _read(config, folder_of_clips, clip), part.clips)
-            for done, (clip, frames) in enumerate(zip(part.clips, pixels, strict=True), start=1):
-                try:
-                    write_sample(tar, _encode_clip(config, clip, frames, encoders))
-                except ClipError as error:
-                    quarantined.append({"key": clip.key, "path": clip.path, "reason": str(error)})
-                progress(done)
-        with tarfile.open(output.path / "part.tar") as tar:
-            members = {member.name: [member.offset_data, member.size] for member in tar}
-        (output.path / "members.json").write_text(json.dumps(members))
-        _write_lines(output.path / "quarantine.jsonl", quarantined)
-        (output.path / "empty_text.pt").write_bytes(saved(encoders.text.encode([""])[0]))
-        return output.finish(PartRecord, num_clips=len(part.clips) - len(quarantined), num_quarantined=len(quarantined))
 
 
 def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRecord:
@@ -188,6 +120,7 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     record = output.finish(
         EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(kept),
         num_quarantined=len(bad), encoder=dataset.encoder,
+        vae_error=max((part.record.vae_error or 0.0 for part in parts), default=0.0),
     )  # fmt: skip
     seconds = time.monotonic() - started + sum(part.record.seconds for part in parts)
     unused = tuple(f"parts/{part.record.path.name}/" for part in parts if part.record.path.name not in used)
@@ -230,49 +163,6 @@ def _alone(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> np.ndarray | ClipError:
-    try:
-        with videos.local(clip.path, clip.digest) as path:
-            return read_clip(path, clip, config)
-    except ClipError as error:
-        return error  # raised again where the clip's turn comes
-    except (FileNotFoundError, PermissionError, ChangedError) as error:
-        return ClipError(f"cannot be read: {error.strerror or error}")
-
-
-def _ahead(function: Callable[[Clip], Any], clips: Sequence[Clip]) -> Iterator[Any]:
-    """`map` with one result computed ahead in a thread: decoding overlaps encoding, and two clips are in memory."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = [pool.submit(function, clip) for clip in clips[:1]]
-        for i in range(len(clips)):
-            result = waiting.pop().result()
-            waiting = [pool.submit(function, clip) for clip in clips[i + 1 : i + 2]]
-            yield result
-
-
-def _encode_clip(config: EncodeConfig, clip: Clip, frames: np.ndarray | ClipError, encoders: Encoders) -> Sample:
-    """One clip per forward: in a batch the last bits would depend on its neighbours, and so on how parts are cut."""
-    if isinstance(frames, ClipError):
-        raise frames
-    text_embeds = encoders.text.encode([clip.caption])[0]
-    latents = encoders.vae.encode(to_video(frames))[0]  # [16, T, H, W]
-    if not latents.isfinite().all():
-        raise ClipError("latents are not finite")
-    num_frames, height, width = frames.shape[:3]
-    info = ClipInfo(
-        caption=clip.caption, digest=clip.digest, start_frame=clip.start_frame, end_frame=clip.end_frame,
-        frames=num_frames, fps=config.fps, height=height, width=width, mode=config.mode,
-        center_crop=config.center_crop, tiled=False, vae_dtype=config.vae_dtype, text_dtype=config.text_dtype,
-        encoder=encoders.identity,
-    )  # fmt: skip
-    return Sample(clip.key, latents, text_embeds, info)
-
-
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] to float32 [1, 3, T, H, W] in [-1, 1]."""
-    return torch.tensor(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-
-
 @dataclass(frozen=True)
 class _WholePart:
     record: PartRecord
@@ -295,13 +185,9 @@ def _whole_parts(config: EncodeConfig, encoder: dict[str, str], output_dir: Path
         members = json.loads((folder / "members.json").read_text())
         encoded = frozenset(name.partition(".")[0] for name in members)
         quarantined = {row["key"]: row["reason"] for row in rows}
-        if record.fingerprint == _part_fingerprint(config, encoder, [*encoded, *quarantined]):
+        if record.fingerprint == part_fingerprint(config, encoder, [*encoded, *quarantined]):
             parts.append(_WholePart(record, encoded, quarantined))
     return parts
-
-
-def _part_fingerprint(config: EncodeConfig, encoder: dict[str, str], keys: Sequence[str]) -> str:
-    return records.fingerprint("encode", config, encoder=encoder, part=sorted(keys))
 
 
 def _check_quarantine(config: EncodeConfig, num_clips: int, bad: list[dict[str, Any]], output_dir: Path) -> None:

@@ -40,7 +40,6 @@ class TextEncoder:
             raise ValueError("text encoder has an all-zero embed_tokens weight; load it with another transformers")
         self.tokenizer, self.model = tokenizer, model.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Embeddings of each caption, cut at its true length; equal captions are encoded once and share a tensor.
 
@@ -50,15 +49,26 @@ class TextEncoder:
         Raises:
             ValueError: an embedding is all zero or not finite.
         """
-        cleaned = [clean_caption(caption) for caption in captions]
-        distinct = list(dict.fromkeys(cleaned))
+        known = self.embed(captions)
+        for caption, embeds in known.items():
+            if reason := fault(embeds):
+                raise ValueError(f"text embedding of {caption!r} is {reason}; check the weights in text_encoder/")
+        return [known[caption] for caption in captions]
+
+    def embed(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What `encode` gives, by caption and unchecked."""
+        cleaned = {caption: clean_caption(caption) for caption in captions}
+        distinct = list(dict.fromkeys(cleaned.values()))
         ids = [self.tokenizer(text, max_length=TEXT_LENGTH, truncation=True).input_ids for text in distinct]
         known = dict(zip(distinct, encode_ids(self.model, ids), strict=True))
-        for text, embeds in known.items():
-            if not embeds.isfinite().all() or not embeds.any():
-                state = "all zero" if embeds.isfinite().all() else "not finite"
-                raise ValueError(f"text embedding of {text!r} is {state}; check the weights in text_encoder/")
-        return [known[text] for text in cleaned]
+        return {caption: known[text] for caption, text in cleaned.items()}
+
+
+def fault(embeds: Tensor) -> str | None:
+    """What is wrong with an embedding: `all zero`, `not finite`, or nothing."""
+    if not embeds.isfinite().all():
+        return "not finite"
+    return None if embeds.any() else "all zero"
 
 
 @torch.no_grad()

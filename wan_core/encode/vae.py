@@ -19,8 +19,8 @@ class Vae:
     """A frozen float32 AutoencoderKLWan with the normalisation of its latents; untiled, as WAN 2.1 was trained.
 
     Args:
-        precision: `float32` encodes with diffusers' own forward, TF32 off: the reference. `tfloat32`, `float16` and
-            `bfloat16` encode with `FastEncoder`, whose products are of that type. Decoding is float32 always.
+        precision: `float32` encodes with diffusers' own forward, TF32 off: the reference. The others encode with
+            `FastEncoder`, whose products are of that type. Decoding is float32 always.
     """
 
     def __init__(self, model: AutoencoderKLWan, precision: str = "float32") -> None:
@@ -47,12 +47,18 @@ class Vae:
         if video.shape[2] % VAE_TEMPORAL_STRIDE != 1:
             raise ValueError(f"video has {video.shape[2]} frames, which is not 4n+1; cut it to such a length")
         video = video.to(self.model.device, non_blocking=True)
-        if self.fast:
-            mean = self.fast(video.permute(0, 2, 3, 4, 1))
-        else:
-            with allow_tf32(False):
-                mean = self.model.encode(to_float(video)).latent_dist.mode()
+        mean = self.fast(video.permute(0, 2, 3, 4, 1)) if self.fast else self._reference(video)
         return (mean - self.mean) / self.std
+
+    @torch.no_grad()
+    def error(self, video: Tensor) -> float:
+        """|encode(video) - reference| / |reference|, the reference being what `float32` gives."""
+        reference = (self._reference(video.to(self.model.device)) - self.mean) / self.std
+        return float((self.encode(video) - reference).norm() / reference.norm())
+
+    def _reference(self, video: Tensor) -> Tensor:
+        with allow_tf32(False):
+            return self.model.encode(to_float(video)).latent_dist.mode()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

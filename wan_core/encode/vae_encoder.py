@@ -4,8 +4,9 @@ diffusers encodes 1 + 4 + 4 + ... frames, each convolution keeping the last two 
 The sums do not depend on where the chunks end, so chunks of many frames give the same latents up to rounding. Weights
 are those of the diffusers model; what is rearranged is where a value lies and in which kernel it is computed.
 
-Activations are [B, T, H, W, C]. The input of a 3x3x3 convolution is `padded`: [B, 2 + T, H + 2, W + 2, C], two frames
-of the past in front (zeros before the first frame) and a border of zeros around.
+Activations are [B, T, H, W, C]. The input of a 3x3x3 convolution is `padded`: [terms, B, 2 + T, H + 2, W + 2, C], two
+frames of the past in front (zeros before the first frame) and a border of zeros around. Two terms are a value's 16-bit
+rounding and the rounding of what that left: three products of such halves are nearly as exact as one of float32.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +30,22 @@ MAX_ELEMENTS = 3 << 28  # of the largest activation: 18 frames of 480x832; kerne
 
 @dataclass(frozen=True)
 class Precision:
-    """What the convolutions multiply in, and what the residual stream between them is kept in; sums are float32."""
+    """How the encoder computes. The residual stream is float32 always, and so are sums."""
 
-    product: torch.dtype
-    stream: torch.dtype
-    tf32: bool = False  # round products' operands to TF32, to nearest: tensor cores would cut them off
+    product: torch.dtype  # of the operands of 3x3x3 convolutions, which are nine tenths of the work
+    partial: torch.dtype  # what these convolutions' results are stored in until they are added to the stream
+    other: torch.dtype  # of the operands of all else
+    two_terms: Literal["none", "widest", "all"] = "none"  # which 3x3x3 convolutions take halves of float32 values
+    tf32: bool = False  # whether float32 products of all else may be TF32's
 
-    def rounded(self, x: Tensor) -> Tensor:
-        return round_tf32(x) if self.tf32 else x.to(self.product)
 
-
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# The widest convolutions and the first one are a quarter of the work and make more than half of the error.
 PRECISIONS = {
-    "float32": Precision(torch.float32, torch.float32),
-    "tfloat32": Precision(torch.float32, torch.float32, tf32=True),
-    "float16": Precision(torch.float16, torch.float32),
-    "bfloat16": Precision(torch.bfloat16, torch.float32),
+    "float32": Precision(F32, F32, F32),
+    "float16x3": Precision(F16, F32, F32, two_terms="all"),
+    "float16": Precision(F16, F32, F32, two_terms="widest", tf32=True),
+    "bfloat16": Precision(BF16, BF16, BF16),
 }
 
 
@@ -67,30 +69,44 @@ class FastEncoder:
     """Posterior mean of an AutoencoderKLWan.
 
     Raises:
-        ValueError: the model has parts that this arrangement lacks (`supports`).
+        ValueError: the model has parts that this arrangement lacks.
     """
 
-    def __init__(self, model: AutoencoderKLWan, precision: Precision, conv: str = "triton") -> None:
+    def __init__(self, model: AutoencoderKLWan, precision: Precision) -> None:
         if reason := unsupported(model):
             raise ValueError(f"this VAE {reason}, which only diffusers' own encoder computes; choose vae_dtype=float32")
-        self.model, self.precision, self.conv = model, precision, conv
+        self.model, self.precision = model, precision
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
+        self.terms: dict[str, int] = {}  # of 3x3x3 convolutions
+        widest = model.encoder.conv_out.in_channels
         for name, module in [*model.encoder.named_modules(), ("quant_conv", model.quant_conv)]:
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                self.weights[name] = self._arranged(module.weight.detach().float())
-                assert module.bias is not None, f"{name} has no bias"
-                self.biases[name] = module.bias.detach().float()
-        # The last two convolutions are 0.1 % of the work: in float32 they add no error of their own.
-        for name, last in (("conv_out", model.encoder.conv_out), ("quant_conv", model.quant_conv)):
-            self.weights[name] = last.weight.detach().float()
+            if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                continue
+            assert module.bias is not None, f"{name} has no bias"
+            weight, self.biases[name] = module.weight.detach().float(), module.bias.detach().float()
+            if name in ("conv_out", "quant_conv"):  # 0.1 % of the work: in float32 they add no error of their own
+                self.weights[name] = weight
+            elif tuple(module.kernel_size) == (3, 3, 3):
+                chosen = name == "conv_in" or module.out_channels == widest
+                self.terms[name] = 2 if {"none": False, "widest": chosen, "all": True}[precision.two_terms] else 1
+                self.weights[name] = self._arranged(weight, self.terms[name])
+            else:
+                layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+                self.weights[name] = weight.to(precision.other, memory_format=layout)
 
-    def _arranged(self, weight: Tensor) -> Tensor:
-        inputs = weight.shape[1]
-        if inputs % 8:  # tensor cores want whole vectors of channels: RGB becomes 8 channels, 5 of them zero
-            weight = F.pad(weight, (0, 0) * (weight.ndim - 2) + (0, -inputs % 8))
-        layout = torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
-        return self.precision.rounded(weight).contiguous(memory_format=layout)
+    def _arranged(self, weight: Tensor, terms: int) -> Tensor:
+        """For the kernel a table, else the terms of [out, in, 3, 3, 3]."""
+        weight = F.pad(weight, (0, 0) * 3 + (0, -weight.shape[1] % 8))  # RGB becomes 8 channels, 5 of them zero
+        if self._has_kernel(weight):
+            from wan_core.encode.vae_kernels import conv_table
+
+            return conv_table(weight, self.precision.product, terms)
+        return torch.stack(halved(weight, self.precision.product, terms))
+
+    def _has_kernel(self, weight: Tensor) -> bool:
+        """On GPUs, in 16 bits, at the widths of the published VAE."""
+        return weight.is_cuda and self.precision.product != F32 and weight.shape[0] % 96 == 0
 
     @torch.no_grad()
     def __call__(self, video: Tensor) -> Tensor:
@@ -118,7 +134,9 @@ class FastEncoder:
 
     def _chunk(self, frames: Tensor, past: Past) -> Tensor:
         encoder = self.model.encoder
-        padded = self._pad(self._pixels(frames), "conv_in", past)
+        padded = torch.stack(halved(self._pixels(frames), self.precision.product, self.terms["conv_in"]))
+        padded = F.pad(padded, (0, 0, 1, 1, 1, 1, 2, 0))
+        self._remember(padded, "conv_in", past)
         stream = Pending(self._conv3(padded, "conv_in"), self.biases["conv_in"])
         for i, block in enumerate(encoder.down_blocks):
             name = f"down_blocks.{i}"
@@ -126,10 +144,11 @@ class FastEncoder:
         stream = self._residual(encoder.mid_block.resnets[0], "mid_block.resnets.0", stream, past)
         stream = self._attention(encoder.mid_block.attentions[0], "mid_block.attentions.0", stream)
         stream = self._residual(encoder.mid_block.resnets[1], "mid_block.resnets.1", stream, past)
-        padded, _ = self._norm_silu(stream, encoder.norm_out, "conv_out", past, product=torch.float32)
-        out = F.conv3d(padded.permute(0, 4, 1, 2, 3), self.weights["conv_out"], self.biases["conv_out"])
-        moments = F.conv3d(out, self.weights["quant_conv"], self.biases["quant_conv"])
-        return moments.permute(0, 2, 3, 4, 1)[..., : self.model.config.z_dim].float()
+        padded, _ = self._norm_silu(stream, encoder.norm_out, "conv_out", past)
+        with allow_tf32(False):
+            out = F.conv3d(padded[0].permute(0, 4, 1, 2, 3), self.weights["conv_out"], self.biases["conv_out"])
+            moments = F.conv3d(out, self.weights["quant_conv"], self.biases["quant_conv"])
+        return moments.permute(0, 2, 3, 4, 1)[..., : self.model.config.z_dim]
 
     def _pixels(self, frames: Tensor) -> Tensor:
         """[B, T, H, W, 3] to [B, T, H, W, 8] in [-1, 1], the channels (of patches, if the VAE has any) filled up."""
@@ -138,7 +157,7 @@ class FastEncoder:
         x = to_float(frames)
         if patch := self.model.config.patch_size:
             x = patchify(x.permute(0, 4, 1, 2, 3), patch).permute(0, 2, 3, 4, 1)
-        return self.precision.rounded(F.pad(x, (0, -x.shape[-1] % 8)))
+        return F.pad(x, (0, -x.shape[-1] % 8))
 
     def _residual(self, block: Any, name: str, stream: Pending, past: Past) -> Pending:
         """conv2(silu(norm2(conv1(silu(norm1(x)))))) + shortcut(x)."""
@@ -148,19 +167,19 @@ class FastEncoder:
         out, bias = self._conv3(padded, f"{name}.conv2"), self.biases[f"{name}.conv2"]
         if isinstance(block.conv_shortcut, nn.Identity):
             return Pending(out, bias, x)
-        shortcut = F.linear(self.precision.rounded(x), self.weights[f"{name}.conv_shortcut"].flatten(1))
+        shortcut = F.linear(x.to(self.precision.other), self.weights[f"{name}.conv_shortcut"].flatten(1))
         return Pending(out, bias + self.biases[f"{name}.conv_shortcut"], shortcut)
 
     def _resample(self, block: Any, name: str, stream: Pending, past: Past) -> Pending:
         """Half the height and width, and half the frames but the clip's first, which stays by itself."""
         batch, length = stream.x.shape[:2]
-        bordered, _ = self._padded(stream, None, 0, 0, keep=False)
-        images = bordered.flatten(0, 1).permute(0, 3, 1, 2)
+        bordered, _ = self._padded(stream, None, 0, 0, False, self.precision.other, 1)
+        images = bordered[0].flatten(0, 1).permute(0, 3, 1, 2)
         x = F.conv2d(images, self.weights[f"{name}.resample.1"], stride=2).permute(0, 2, 3, 1)
         x, bias = x.unflatten(0, (batch, length)), self.biases[f"{name}.resample.1"]
         if block.mode == "downsample2d":
             return Pending(x, bias)
-        x = self.precision.rounded(x.float() + bias)
+        x = (x.float() + bias).to(self.precision.other)
         first, before = name not in past.frames, past.frames.get(name)
         past.frames[name] = x[:, -1:].clone()
         if first and length == 1:
@@ -177,66 +196,64 @@ class FastEncoder:
         x = _sum(stream)
         batch, length, height, width, channels = x.shape
         rows = F.normalize(x, dim=-1) * block.norm.scale * block.norm.gamma.flatten()
-        rows = self.precision.rounded(rows).view(batch * length, 1, height * width, channels)
+        rows = rows.to(self.precision.other).view(batch * length, height * width, channels)
         qkv = F.linear(rows, self.weights[f"{name}.to_qkv"].flatten(1), self.biases[f"{name}.to_qkv"].to(rows.dtype))
         q, k, v = qkv.chunk(3, -1)
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = F.linear(self.precision.rounded(out), self.weights[f"{name}.proj"].flatten(1))
+        # Heads this wide have no fast fused attention; the scores of a few frames fit.
+        scores = torch.softmax((q @ k.mT).float() * channels**-0.5, -1)
+        out = F.linear(scores.to(v.dtype) @ v, self.weights[f"{name}.proj"].flatten(1))
         return Pending(out.view(x.shape), self.biases[f"{name}.proj"], x)
 
-    def _norm_silu(
-        self, stream: Pending, norm: Any, name: str, past: Past, keep: bool = True, product: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _norm_silu(self, stream: Pending, norm: Any, name: str, past: Past, keep: bool = True) -> tuple[Tensor, Tensor]:
         """silu(norm(sum)), padded as the input of convolution `name`; and the sum, unless nobody needs it."""
         gamma = norm.gamma.detach().float().flatten() * norm.scale
-        padded, total = self._padded(stream, gamma, 2, 1, keep, product)
+        dtype = F32 if name == "conv_out" else self.precision.product
+        padded, total = self._padded(stream, gamma, 2, 1, keep, dtype, self.terms.get(name, 1))
         self._remember(padded, name, past)
         return padded, total
 
     def _padded(
-        self, stream: Pending, gamma: Tensor | None, past: int, before: int, keep: bool,
-        product: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, stream: Pending, gamma: Tensor | None, past: int, before: int, keep: bool, dtype: torch.dtype, terms: int
+    ) -> tuple[Tensor, Tensor]:
         """The sum, through norm and SiLU if gamma is given, with `past` frames and `before` lines free in front."""
         batch, length, height, width, channels = stream.x.shape
-        shape = (batch, past + length, before + height + 1, before + width + 1, channels)
-        padded = stream.x.new_empty(shape, dtype=product or self.precision.product)
-        total = stream.x.new_empty(stream.x.shape, dtype=self.precision.stream) if keep else stream.x
-        tf32 = self.precision.tf32 and product is None
+        shape = (terms, batch, past + length, before + height + 1, before + width + 1, channels)
+        padded = stream.x.new_empty(shape, dtype=dtype)
+        total = stream.x.new_empty(stream.x.shape, dtype=F32) if keep else stream.x
         if stream.x.is_cuda:
             from wan_core.encode.vae_kernels import write_padded
 
-            write_padded(stream.x, stream.bias, stream.residual, gamma, padded, total if keep else None, tf32)
+            write_padded(stream.x, stream.bias, stream.residual, gamma, padded, total if keep else None)
         else:
             x = _sum(stream)
             inner = x if gamma is None else F.silu(F.normalize(x, dim=-1) * gamma)
             padded.zero_()
-            padded[:, past:, before:-1, before:-1] = round_tf32(inner) if tf32 else inner
+            padded[:, :, past:, before:-1, before:-1] = torch.stack(halved(inner, dtype, terms))
             if keep:
                 total.copy_(x)
         return padded, total
 
-    def _pad(self, x: Tensor, name: str, past: Past) -> Tensor:
-        padded = F.pad(x, (0, 0, 1, 1, 1, 1, 2, 0))
-        self._remember(padded, name, past)
-        return padded
-
     def _remember(self, padded: Tensor, name: str, past: Past) -> None:
         """Put the past in front of `padded`, and keep its last two frames for the next chunk."""
         if name in past.frames:
-            padded[:, :2] = past.frames[name]
+            padded[:, :, :2] = past.frames[name]
         else:
-            padded[:, :2].zero_()
-        past.frames[name] = padded[:, -2:].clone()
+            padded[:, :, :2].zero_()
+        past.frames[name] = padded[:, :, -2:].clone()
 
     def _conv3(self, padded: Tensor, name: str) -> Tensor:
-        """A 3x3x3 convolution without its bias: [B, 2 + T, H + 2, W + 2, C] to [B, T, H, W, out]."""
-        weight = self.weights[name]
-        if padded.is_cuda and self.conv == "triton" and weight.shape[0] % 96 == 0:
+        """A 3x3x3 convolution without its bias: [terms, B, 2 + T, H + 2, W + 2, C] to [B, T, H, W, out]."""
+        weight, partial = self.weights[name], self.precision.partial
+        if weight.ndim == 2:
             from wan_core.encode.vae_kernels import conv3
 
-            return conv3(padded, weight, self.precision.tf32)
-        return F.conv3d(padded.permute(0, 4, 1, 2, 3), weight).permute(0, 2, 3, 4, 1)
+            return conv3(padded, weight, partial)
+        x, w = padded.float().permute(0, 1, 5, 2, 3, 4), weight.float()
+        with allow_tf32(False):
+            out = F.conv3d(x[0], w[0])
+            if len(x) == 2:
+                out = out + F.conv3d(x[0], w[1]) + F.conv3d(x[1], w[0])
+        return out.permute(0, 2, 3, 4, 1).to(partial)
 
 
 def unsupported(model: AutoencoderKLWan) -> str | None:
@@ -253,10 +270,10 @@ def to_float(video: Tensor) -> Tensor:
     return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video.float()
 
 
-def round_tf32(x: Tensor) -> Tensor:
-    """The nearest float32 with TF32's 10 bits of mantissa; ties to even."""
-    bits = x.float().contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+def halved(x: Tensor, dtype: torch.dtype, terms: int) -> list[Tensor]:
+    """A float32 tensor's rounding and, as a second term, the rounding of what is left."""
+    high = x.to(dtype)
+    return [high] if terms == 1 else [high, (x - high.float()).to(dtype)]
 
 
 def _sum(stream: Pending) -> Tensor:

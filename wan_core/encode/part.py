@@ -1,0 +1,179 @@
+"""encode, one part: clips to a tar of latents and text embeddings, decoded in threads ahead of the encoder."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core import records
+from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig
+from wan_core.data.clips import Clip
+from wan_core.data.folder import ChangedError, Folder, Location, open_folder
+from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
+from wan_core.digests import encoder_identity
+from wan_core.encode.decode import ClipError
+from wan_core.encode.feed import ahead, fetching, one_behind, pinned
+from wan_core.encode.text import TextEncoder, fault, load_text_encoder
+from wan_core.encode.vae import Vae, load_vae
+from wan_core.encode.video import read_clip
+from wan_core.records import PartRecord
+
+ERROR_FRAMES = 4 * VAE_TEMPORAL_STRIDE + 1  # that a part's error is measured on: the reference is slow
+
+
+@dataclass(frozen=True)
+class Part:
+    """Clips that one worker encodes into one tar."""
+
+    name: str
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What a worker loads once."""
+
+    vae: Vae
+    text: TextEncoder
+    identity: dict[str, str]
+
+
+def part_of(clips: Sequence[Clip]) -> Part:
+    """A part is named by its clips, whatever their order."""
+    return Part(records.digest(sorted(clip.key for clip in clips))[:12], tuple(clips))
+
+
+def halves(part: Part) -> tuple[Part, Part]:
+    """To find the clip that a part fails by."""
+    middle = len(part.clips) // 2
+    return part_of(part.clips[:middle]), part_of(part.clips[middle:])
+
+
+def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
+    """Load both encoders onto a device: once per worker process."""
+    vae = load_vae(model, config.vae_dtype, device)
+    text = load_text_encoder(model, getattr(torch, config.text_dtype), device)
+    return Encoders(vae, text, encoder_identity(model))
+
+
+def part_fingerprint(config: EncodeConfig, encoder: dict[str, str], keys: Sequence[str]) -> str:
+    return records.fingerprint("encode", config, encoder=encoder, part=sorted(keys))
+
+
+def encode_part(
+    config: EncodeConfig,
+    part: Part,
+    videos: Location,
+    output_dir: Path,
+    encoders: Encoders,
+    progress: Callable[[int], None] = lambda done: None,
+) -> PartRecord:
+    """Encode the clips of one part into `output_dir/parts/<name>`, or return the record of a part that is whole.
+
+    Args:
+        progress: called after each clip with the number of clips done.
+    """
+    folder = output_dir / "parts" / part.name
+    wanted = part_fingerprint(config, encoders.identity, [clip.key for clip in part.clips])
+    if found := records.find_record(PartRecord, folder, wanted):
+        return found
+    quarantined: list[tuple[Clip, str]] = []
+    with records.writing("encode", folder, config, wanted) as output:
+        (output.path / "empty_text.pt").write_bytes(saved(encoders.text.encode([""])[0]))  # before the long work
+        made = _PartEncoder(config, open_folder(videos), encoders, part.clips)
+        with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for done, (clip, sample) in enumerate(zip(part.clips, made.samples(), strict=True), start=1):
+                if isinstance(sample, ClipError):
+                    quarantined.append((clip, str(sample)))
+                else:
+                    write_sample(tar, sample)
+                progress(done)
+        return _finish(output, quarantined, len(part.clips) - len(quarantined), made.error)
+
+
+def quarantine_part(
+    config: EncodeConfig, part: Part, output_dir: Path, encoder: dict[str, str], reason: str
+) -> PartRecord:
+    """A part that holds nothing but why its clips cannot be encoded; who removes its folder has them tried again."""
+    wanted = part_fingerprint(config, encoder, [clip.key for clip in part.clips])
+    with records.writing("encode", output_dir / "parts" / part.name, config, wanted) as output:
+        tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT).close()
+        return _finish(output, [(clip, reason) for clip in part.clips], 0, None)
+
+
+def _finish(
+    output: records.StageOutput, quarantined: list[tuple[Clip, str]], num_clips: int, error: float | None
+) -> PartRecord:
+    with tarfile.open(output.path / "part.tar") as tar:
+        members = {member.name: [member.offset_data, member.size] for member in tar}
+    (output.path / "members.json").write_text(json.dumps(members))
+    rows = [{"key": clip.key, "path": clip.path, "reason": reason} for clip, reason in quarantined]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (output.path / "quarantine.jsonl").write_text(lines, encoding="utf-8")
+    return output.finish(PartRecord, num_clips=num_clips, num_quarantined=len(rows), vae_error=error)
+
+
+class _PartEncoder:
+    """Samples of a part's clips, in order. `error` is known once the first sample is.
+
+    One clip per forward: a batch of full-size clips is no faster, and in one the last bits might depend on neighbours,
+    and so on how parts are cut.
+    """
+
+    def __init__(self, config: EncodeConfig, videos: Folder, encoders: Encoders, clips: Sequence[Clip]) -> None:
+        self.config, self.videos, self.encoders, self.clips = config, videos, encoders, clips
+        self.error: float | None = None
+        # On the CPU before the first clip: later, a copy would wait for the clip that the GPU works on.
+        self.text = {text: embeds.cpu() for text, embeds in encoders.text.embed([c.caption for c in clips]).items()}
+
+    def samples(self) -> Iterator[Sample | ClipError]:
+        frames = ahead(partial(_read, self.config, self.videos), self.clips, self.config.decode_threads)
+        return one_behind(self._launch, zip(self.clips, frames, strict=True))
+
+    def _launch(self, job: tuple[Clip, Tensor | ClipError]) -> Callable[[], Sample | ClipError]:
+        clip, frames = job
+        if isinstance(frames, ClipError):
+            return partial(_itself, frames)
+        if reason := fault(self.text[clip.caption]):
+            return partial(_itself, ClipError(f"text embedding is {reason}"))
+        video = frames.permute(3, 0, 1, 2)[None]
+        latents = fetching(self.encoders.vae.encode(video)[0])
+        if self.error is None and self.config.vae_dtype != "float32":
+            self.error = self.encoders.vae.error(video[:, :, :ERROR_FRAMES])
+        return partial(self._sample, clip, (frames.shape[0], frames.shape[1], frames.shape[2]), latents)
+
+    def _sample(self, clip: Clip, shape: tuple[int, int, int], latents: Callable[[], Tensor]) -> Sample | ClipError:
+        values = latents()  # [16, T, H, W]
+        if not values.isfinite().all():
+            return ClipError("latents are not finite")
+        config = self.config
+        info = ClipInfo(
+            caption=clip.caption, digest=clip.digest, start_frame=clip.start_frame, end_frame=clip.end_frame,
+            frames=shape[0], fps=config.fps, height=shape[1], width=shape[2], mode=config.mode,
+            center_crop=config.center_crop, tiled=False, vae_dtype=config.vae_dtype, text_dtype=config.text_dtype,
+            encoder=self.encoders.identity,
+        )  # fmt: skip
+        return Sample(clip.key, values, self.text[clip.caption], info)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> Tensor | ClipError:
+    """uint8 [T, H, W, 3], or why not."""
+    try:
+        with videos.local(clip.path, clip.digest) as path:
+            return pinned(read_clip(path, clip, config))
+    except ClipError as error:
+        return error
+    except (FileNotFoundError, PermissionError, ChangedError) as error:
+        return ClipError(f"cannot be read: {error.strerror or error}")
