@@ -44,7 +44,7 @@ def one_behind[T, R](launch: Callable[[T], Callable[[], R]], items: Iterable[T])
 
 def pinned(frames: np.ndarray) -> Tensor:
     """An array as a tensor that a GPU, if there is one, fetches while the CPU goes on."""
-    tensor = torch.from_numpy(frames)
+    tensor = torch.from_numpy(frames if frames.flags.writeable else frames.copy())
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
