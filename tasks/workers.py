@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 START_ATTEMPTS = 3
+RESTART_SECONDS = 300.0  # for Ray to start a lost worker again, on a loaded machine
 READY_RETRIES = 3  # of a worker that dies while it loads its encoders
 OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
 
@@ -91,11 +93,22 @@ class EncodePool:
     def _admit(self, worker: Any) -> None:
         """Lend a worker as soon as it is ready, which may be after Ray has started it on another node."""
 
-        def wait() -> None:
+        def ready() -> None:
             import ray
 
+            end = time.monotonic() + RESTART_SECONDS
+            while True:
+                try:
+                    ray.get(worker.ready.options(max_task_retries=READY_RETRIES).remote())
+                    return
+                except ray.exceptions.ActorUnavailableError:  # Ray is starting it again, and gives up on us first
+                    if time.monotonic() > end:
+                        raise
+                    time.sleep(POLL_SECONDS)
+
+        def wait() -> None:
             try:
-                ray.get(worker.ready.options(max_task_retries=READY_RETRIES).remote())
+                ready()
                 self._free.put(worker)
             except Exception as error:  # raised again by whoever wants a worker, once none is left
                 with self._lock:
