@@ -1,0 +1,114 @@
+"""Train, convert, sample, evaluate: a dataset to a model, and what it shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wan_core.config.base import STRICT, Size, check, check_num_frames, place
+from wan_core.described import described
+from wan_core.trainer_keys import check_trainer_key
+
+# Override keys (and key prefixes) that say how long, how often or where to train: free to change when a run resumes.
+RESUMABLE_KEYS = (
+    "train.train_iters", "validation.", "stability.", "checkpoint.", "logger.", "dist.",
+    "ddp.", "profiling.", "dataset.num_workers", "model.tensor_model_parallel_size", "model.sequence_parallel",
+    "model.context_parallel_size", "model.pipeline_model_parallel_size", "model.recompute_",
+)  # fmt: skip
+
+
+@described
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: a recipe, a mode and overrides in the keys of Bridge's ConfigContainer."""
+
+    recipe: str = "wan_1_3b"
+    """Name of a file of wan_core/conf."""
+    mode: Literal["pretrain", "finetune"] = "pretrain"
+    """pretrain starts from random weights, finetune from the model's."""
+    overrides: tuple[str, ...] = ()
+    """key=value in the trainer's own keys, for example train.train_iters=1000."""
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        for text in self.overrides:
+            key, equals, _ = text.partition("=")
+            check(
+                bool(equals) and bool(key.strip()),
+                f"override {text!r} is not key=value; write for example train.train_iters=1000",
+            )
+            check_trainer_key(key.strip())
+
+    def resumable(self) -> TrainConfig:
+        """This config without the overrides that a resumed run may change: its fingerprint names the run folder."""
+        kept = tuple(text for text in self.overrides if not text.partition("=")[0].startswith(RESUMABLE_KEYS))
+        return replace(self, overrides=kept)
+
+
+@described
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Checkpoint to Diffusers folder."""
+
+    iteration: int | None = None
+    """Checkpoint to convert; empty: the latest."""
+    weights: Literal["model", "ema"] = "model"
+    """ema: their moving averages, of a run with optimizer.ema_decay."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the written weights."""
+    __pydantic_config__ = STRICT
+
+
+NEGATIVE_PROMPT = (  # the default of Wan2.1's own generate.py; the model was trained to be steered away from it
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@described
+@dataclass(frozen=True)
+class SampleConfig:
+    """Videos from prompts."""
+
+    prompts: tuple[str, ...] = ()
+    """One video each."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """What guidance leads away from."""
+    size: Size = Size(480, 832)
+    """Size of the videos."""
+    num_frames: int = 81
+    """Frames of each video, 4n+1."""
+    fps: float = 16.0
+    """Frames per second of the written videos."""
+    num_steps: int = 50
+    """Steps of the sampler."""
+    guidance_scale: float = 5.0
+    """Strength of classifier-free guidance; 1: none."""
+    shift: float = 5.0
+    """Shift of the noise levels: 3 at 480p, 5 at 720p."""
+    seed: int = 0
+    """Prompt i uses seed + i."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Arithmetic of the transformer."""
+    batch_tokens: int = place(1)
+    """Prompts are packed into one forward up to this many tokens; at least one prompt."""
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_num_frames("num_frames", self.num_frames)
+        check(self.num_steps >= 1, f"num_steps={self.num_steps} is below 1; WAN 2.1's default is 50")
+        check(self.shift > 0, f"shift={self.shift} is not positive; choose 3.0 at 480p or 5.0 at 720p")
+        check(
+            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} is below 1 (1 = no guidance); choose 5.0"
+        )
+
+
+@described
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Metrics and report over samples."""
+
+    checker: Literal["none", "shapes"] = "none"
+    """shapes measures colour, shape and direction of the demo's prompts."""
+    __pydantic_config__ = STRICT
