@@ -131,7 +131,7 @@ def test_bf16_keeps_its_float32_islands(size: str) -> None:
         found, diffusers_found = run_ours(model, low), run_reference(theirs, low)
     # All samples as one: the smallest has six tokens, and its error alone depends on the draw by a tenth.
     ours, other, truth = (torch.cat([x.flatten() for x in outputs]) for outputs in (found, diffusers_found, exact))
-    assert relative_error(ours, truth) <= 1.08 * relative_error(other, truth)
+    assert relative_error(ours, truth) <= 1.02 * relative_error(other, truth)
 
 
 def test_timesteps_are_not_rounded_to_bf16() -> None:
