@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from wan_core.demo.checker import check_clip, parse_caption
 from wan_core.demo.videos import PALETTE
-from wan_core.sample import TextPair
+from wan_core.sample import Condition
 from wan_core.training_samples import SamplesConfig, SampleVideos, device
 
 KINDS = ("colour", "shape", "direction")
@@ -39,7 +39,7 @@ class Score(SampleVideos):
 
     def on_train_start(self, context: CallbackContext) -> None:
         embeds = {prompt: text.to(device()) for prompt, text in torch.load(self.data / "prompts.pt").items()}
-        self.texts = [TextPair(embeds[prompt], embeds[""]) for prompt in self.config.prompts]
+        self.conditions = [Condition(embeds[prompt], embeds[""]) for prompt in self.config.prompts]
         self.measure(context, 0)
         self.since = time.monotonic()
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from flows.demo import make_inputs
-from flows.inputs import checked_model, checked_videos, given_or_newest
+from flows.inputs import check_images, checked_model, checked_videos, given_or_newest
 from flows.overrides import apply_overrides, described_keys, sentence
 from flows.parameters import PARAMETERS, SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from flows.terminal import Display, console, log_records_to_file, log_to_file, summary
@@ -147,10 +147,11 @@ def run(
 ) -> None:
     """All seven stages on your own clips and model. What is done already is not done again."""
     check_stage(refresh)
-    config = configured(recipe, overrides, name)
+    config, videos, model = configured(recipe, overrides, name), checked_videos(videos), checked_model(model)
+    check_images(config.sample, model)
     execute(
         workspace, "flows.end_to_end", "end_to_end", *EVERY_STAGE,
-        config=config, videos=checked_videos(videos), model=checked_model(model), refresh=refresh,
+        config=config, videos=videos, model=model, refresh=refresh,
     )  # fmt: skip
 
 
@@ -327,7 +328,7 @@ def presets() -> None:
 
 @app.command(rich_help_panel="Look around")
 def plan(
-    model: Annotated[str, typer.Option(help="1.3B, 14B or a model folder in the Diffusers layout.")] = "1.3B",
+    model: Annotated[str, typer.Option(help="1.3B, 14B, i2v-14B or a model folder in the Diffusers layout.")] = "1.3B",
     gpus_per_node: Annotated[int, typer.Option("--gpus", help="GPUs of a node.")] = 8,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     device: Annotated[str, typer.Option(help="h100 or h200: rates and memory of a GPU.")] = "h200",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.flow import wan_flow
-from flows.inputs import checked_model, given_or_newest
+from flows.inputs import check_images, checked_model, given_or_newest
 from tasks.convert import convert
 from tasks.evaluate import evaluate
 from tasks.sample import sample
@@ -25,6 +25,7 @@ def evaluate_run(
 ) -> list[Outcome]:
     """Convert the checkpoint of a training run, sample from it and evaluate the samples."""
     run, model = Workspace(workspace, config.name, refresh), checked_model(model)
+    check_images(config.sample, model)
     training = given_or_newest(TrainRecord, "train", workspace, config.name, trained)
     clips = given_or_newest(EncodeRecord, "encode", workspace, config.name, encoded)
     converted = convert(run, config.convert, training, model)

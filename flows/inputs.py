@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.layout import newest, stage_folder
-from wan_core.config import Stage, check
+from wan_core.architecture import Architecture
+from wan_core.config import SampleConfig, Stage, check
 from wan_core.data.folder import checked_folder
+from wan_core.digests import sees_images
 from wan_core.records import RECORD_NAME, Record, find_record, load_record
 
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
+IMAGE_PARTS = ("image_encoder", "image_processor")  # of an image-to-video model, too
 
 
 def checked_videos(videos: str) -> str:
@@ -28,13 +31,23 @@ def checked_model(folder: Path) -> Path:
         ValueError: it does not exist or lacks a part.
     """
     check(folder.is_dir(), f"model={folder} is not a folder; give a WAN 2.1 model in the Diffusers layout")
-    missing = [name + "/" for name in MODEL_PARTS if not (folder / name).is_dir()]
+    parts = (*MODEL_PARTS, *(IMAGE_PARTS if sees_images(folder) else ()))
+    missing = [name + "/" for name in parts if not (folder / name).is_dir()]
     check(
         not missing,
         f"model={folder} lacks {', '.join(missing)}; a WAN 2.1 model in the Diffusers layout has "
-        f"{', '.join(name + '/' for name in MODEL_PARTS)}",
+        f"{', '.join(name + '/' for name in parts)}",
     )
     return folder.absolute()
+
+
+def check_images(config: SampleConfig, model: Path) -> None:
+    """Look at first frames before hours of training.
+
+    Raises:
+        ValueError: prompts of an image-to-video model have none, or those of a text-to-video model have some.
+    """
+    Architecture.from_diffusers(model).check_images(config.images, len(config.prompts))
 
 
 def given_or_newest[R: Record](kind: type[R], stage: Stage, workspace: Path, name: str, folder: Path | None) -> R:

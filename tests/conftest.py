@@ -17,6 +17,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_i2v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for image-to-video."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-i2v") / "model", image_to_video=True)
+
+
+@pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """URL of a bucket on an S3 server of this process's own; keep to a prefix of your own."""
     import fsspec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,15 +24,29 @@ def test_parameters_of_the_published_sizes() -> None:
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)
 
 
-def test_an_image_to_video_model_is_refused_where_it_cannot_be_used() -> None:
-    with pytest.raises(ValueError, match=r"image_dim=1280 makes this an image-to-video model.*training"):
-        I2V_14B.check_text_to_video("training")
-    T2V_14B.check_text_to_video("training")
+def test_a_dataset_of_the_other_kind_is_refused() -> None:
+    for model, given in ((I2V_14B, True), (T2V_14B, False)):
+        model.check_first_frames(given, Path("data"))
+    with pytest.raises(
+        ValueError, match=r"data was encoded for text-to-video \(it holds no first frames\), but the mode"
+    ):
+        I2V_14B.check_first_frames(False, Path("data"))
+    with pytest.raises(
+        ValueError, match=r"data was encoded for image-to-video .*the model is text-to-video \(image_dim=0"
+    ):
+        T2V_14B.check_first_frames(True, Path("data"))
+
+
+@pytest.mark.parametrize("values", [{"in_channels": 36}, {"image_dim": 1280}, {"in_channels": 32, "image_dim": 1280}])
+def test_channels_of_another_kind_of_model_are_refused(values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="a text-to-video model takes 16 channels, an image-to-video model 36"):
+        Architecture(**values)
 
 
 @pytest.mark.parametrize("image_dim", [0, 40])
 def test_flops_are_what_torch_counts(image_dim: int) -> None:
-    architecture = Architecture(64, 160, 4, 3, text_dim=48, freq_dim=64, image_dim=image_dim)
+    channels = 36 if image_dim else 16
+    architecture = Architecture(64, 160, 4, 3, channels, text_dim=48, freq_dim=64, image_dim=image_dim)
     inputs = Inputs.random(architecture, [(3, 8, 8)], short_text=False)
     with layout(backend="gloo"), torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model = our_model(reference_model(architecture), architecture)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import pytest
 import torch
 
+from wan_core.config import IMAGE_LENGTH
 from wan_core.data.batch import Pack, TrainingSample
+from wan_core.data.synthetic import SyntheticConfig
 from wan_core.flow_matching import FlowMatchingConfig, add_noise
 from wan_core.parallel import Parallel
 from wan_core.patch import patchify, patchify_output
@@ -46,3 +49,29 @@ def test_a_pack_passes_between_processes_whole(pack: Pack) -> None:
     for one, other in zip(pack.latents + pack.text_embeds, found.latents + found.text_embeds, strict=True):
         assert torch.equal(one, other)
     assert (found.seeds, found.__key__) == (pack.seeds, pack.__key__)
+
+
+def test_first_frames_lie_behind_the_noisy_latents() -> None:
+    """As diffusers concatenates channels before its patch embedding; the rest is as without them."""
+    image = SyntheticConfig(shapes=("3x4x4", "1x4x6", "3x4x4"), text_dim=8, text_length=5, image_dim=6).pack(0)
+    image = pickle.loads(pickle.dumps(image))  # as a worker hands it over
+    plain = dataclasses.replace(image, first_frames=[])
+    config, ranks = FlowMatchingConfig(), Parallel(cp=2, cp_rank=1)
+    whole = prepare(plain, config, Parallel(), CPU)
+    channels = []
+    for frame, latents in zip(image.first_frames, image.latents, strict=True):
+        mask = torch.zeros(4, *latents.shape[1:])
+        mask[:, 0] = 1
+        channels.append(torch.cat([mask, frame.latents]))
+    noisy = [
+        add_noise(config, latents, seed).noisy_latents for latents, seed in zip(image.latents, image.seeds, strict=True)
+    ]
+    expected = torch.cat([patchify(torch.cat(pair)) for pair in zip(noisy, channels, strict=True)])  # 36 channels
+    found = prepare(image, config, Parallel(), CPU)
+    assert torch.equal(found.patches, expected) and torch.equal(found.target, whole.target)
+    half = prepare(image, config, ranks, CPU)
+    assert torch.equal(half.patches, expected[len(expected) // 2 :])
+    for inputs in (found, half):  # every rank attends to the images whole
+        assert inputs.image_embeds is not None and inputs.image_embeds.shape == (3 * IMAGE_LENGTH, 6)
+        assert torch.equal(inputs.image_embeds, torch.cat([frame.embeds for frame in image.first_frames]))
+    assert whole.image_embeds is None and whole.patches.shape[1] == 64

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wan_core.config import IMAGE_LENGTH, PATCH_SIZE, TEXT_LENGTH, check
+from wan_core.config import IMAGE_LENGTH, PATCH_SIZE, TEXT_LENGTH, VAE_TEMPORAL_STRIDE, check
 
 ROPE_POSITIONS = 1024  # per axis
 
@@ -35,6 +36,13 @@ class Architecture:
             f"choose a multiple of {2 * max(heads, 1)}",
         )
         check(self.num_layers >= 1, f"num_layers={self.num_layers} is below 1")
+        out, seen = self.out_channels, self.image_dim > 0
+        check(
+            self.in_channels == out + seen * (VAE_TEMPORAL_STRIDE + out),
+            f"in_channels={self.in_channels} beside out_channels={out} and image_dim={self.image_dim}; a text-to-video "
+            f"model takes {out} channels, an image-to-video model {2 * out + VAE_TEMPORAL_STRIDE}: noisy latents, a "
+            "mask, and the latents of the image",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -96,16 +104,35 @@ class Architecture:
             "added_kv_proj_dim": self.hidden_size if self.image_dim else None,
         }  # fmt: skip
 
-    def check_text_to_video(self, work: str) -> None:
-        """Refuse an image-to-video model where only text-to-video ones are supported.
+    def check_images(self, images: Sequence[str], num_videos: int) -> None:
+        """Whether the videos of an image-to-video model have a first frame each, and those of others none.
 
         Raises:
-            ValueError: the model attends to an image.
+            ValueError: they do not, or an image is no file.
         """
+        if not self.image_dim:
+            check(not images, f"images={tuple(images)} are given to a text-to-video model, which takes none; omit them")
+            return
         check(
-            not self.image_dim,
-            f"image_dim={self.image_dim} makes this an image-to-video model, for which {work} is not there yet; "
-            "give a text-to-video model",
+            len(images) == num_videos,
+            f"{len(images)} images are given for {num_videos} videos of an image-to-video model, which needs the first "
+            "frame of each; give one image file per prompt (sample.images, samples.images or --image)",
+        )
+        missing = [name for name in images if not Path(name).is_file()]
+        check(not missing, f"image {', '.join(missing)} does not exist; give a .png, .jpg or .webp file")
+
+    def check_first_frames(self, given: bool, dataset: Path) -> None:
+        """Whether a dataset holds first frames if this model needs them, and none otherwise.
+
+        Raises:
+            ValueError: the dataset was made for a model of the other kind.
+        """
+        kinds = ("text-to-video", "image-to-video")
+        check(
+            given == bool(self.image_dim),
+            f"dataset {dataset} was encoded for {kinds[given]} (it holds {'' if given else 'no '}first frames), but "
+            f"the model is {kinds[not given]} (image_dim={self.image_dim}); encode the videos with this model's "
+            f"folder, or take a model that is {kinds[given]}",
         )
 
     def forward_flops(self, num_tokens: int) -> int:

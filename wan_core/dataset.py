@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
 
+from wan_core.architecture import Architecture
 from wan_core.config import check
 from wan_core.data.loader import LoaderConfig, ValidationPlan, sources, train_loader
+from wan_core.data.shards import ENCODER_NAME
 from wan_core.data.stream import Position
 from wan_core.data.synthetic import SyntheticConfig, SyntheticLoader, SyntheticValidation
 from wan_core.data.table import SampleTable
@@ -32,6 +35,7 @@ class WanDatasetProvider(DatasetProvider):
     mock: bool = False
     mock_shapes: tuple[str, ...] = SyntheticConfig().shapes
     mock_text_dim: int = 4096
+    mock_image_dim: int = 0  # above 0: of the first frames' embeddings, for image-to-video
     dataloader_type: str = "external"  # type: ignore[assignment]
     num_workers: int = 2
     persistent_workers: bool = False
@@ -47,11 +51,13 @@ class WanDatasetProvider(DatasetProvider):
             self.seed, self.stratified,
         )  # fmt: skip
 
-    def check(self) -> None:
-        """Raises `ValueError` where there is no training data to find, before anything slow begins."""
+    def check(self, architecture: Architecture) -> None:
+        """Raises `ValueError` where there is no training data for a model to find, before anything slow begins."""
         if not self.mock:
             for folder, _ in sources(Path(self.loader_config().path), "train"):
                 SampleTable.read(folder, "train")
+                encoder = json.loads((folder / ENCODER_NAME).read_text(encoding="utf-8"))
+                architecture.check_first_frames("image_encoder" in encoder, folder)
 
     def validation_plan(self) -> ValidationPlan:
         """Raises `ValueError` where there is no val split."""
@@ -75,7 +81,9 @@ class WanDatasetProvider(DatasetProvider):
         parallel = Parallel.current()
         rank, ranks, validates = parallel.dp_rank, parallel.dp, context.valid_samples > 0
         if self.mock:
-            mock = SyntheticConfig(shapes=self.mock_shapes, text_dim=self.mock_text_dim)
+            mock = SyntheticConfig(
+                shapes=self.mock_shapes, text_dim=self.mock_text_dim, image_dim=self.mock_image_dim
+            )  # fmt: skip
             fixed = (self.validation_sigmas, self.num_validation_packs, rank, ranks)
             self.loader = SyntheticLoader(mock, rank, ranks, self.start)
             return self.loader, SyntheticValidation(mock.validation(), *fixed) if validates else None, None

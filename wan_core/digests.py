@@ -29,24 +29,41 @@ def cached_file_digest(path: Path) -> str:
 
 
 def encoder_identity(model: Path) -> dict[str, str]:
-    """Names and digests of the VAE, text encoder and tokenizer of a Diffusers folder.
+    """Names and digests of the VAE, text encoder and tokenizer of a Diffusers folder, and of what looks at images
+    in an image-to-video model's.
 
     Two folders with equal identities encode alike: a dataset made with one trains a model of the other.
 
     Raises:
-        ValueError: the folder lacks one of the three.
+        ValueError: the folder lacks one of them.
     """
     tokenizer = model / "tokenizer"
     if not tokenizer.is_dir() or not any(tokenizer.iterdir()):
         raise ValueError(f"model folder {model} has no tokenizer/; {_REMEDY}")
     vae, text = _config(model / "vae"), _config(model / "text_encoder")
-    return {
+    identity = {
         "vae": vae["_class_name"],
         "vae_digest": _weights_digest(model / "vae", vae),
         "text_encoder": text["architectures"][0],
         "text_encoder_digest": _weights_digest(model / "text_encoder", text),
         "tokenizer_digest": digest(_file_digests(p for p in tokenizer.iterdir() if p.is_file())),
     }
+    if sees_images(model):
+        image, processor = _config(model / "image_encoder"), model / "image_processor" / "preprocessor_config.json"
+        if not processor.is_file():
+            raise ValueError(f"model folder {model} has no image_processor/{processor.name}; {_REMEDY}")
+        identity |= {
+            "image_encoder": image["architectures"][0],
+            "image_encoder_digest": _weights_digest(model / "image_encoder", image),
+            "image_processor_digest": file_digest(processor),
+        }
+    return identity
+
+
+def sees_images(model: Path) -> bool:
+    """Whether a Diffusers folder is that of an image-to-video model, whose transformer attends to an image."""
+    path = model / "transformer" / "config.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("image_dim"))
 
 
 _REMEDY = "give the folder of a whole Diffusers WAN model, the one that holds model_index.json"

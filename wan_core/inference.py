@@ -16,19 +16,25 @@ from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
 from wan_core.parallel import layout
 
+CUSTOM = ("t2v-custom", "i2v-custom")
+
 
 def check_task(task: str, architecture: Architecture) -> None:
-    """Refuse a task that names another size than the checkpoint has; sizes without a name pass as t2v-custom.
+    """Refuse a task that names another size than the checkpoint has; sizes without a name pass as t2v- or i2v-custom.
 
     Raises:
         ValueError: names both.
     """
-    check(
-        task in (*ARCHITECTURES, "t2v-custom"),
-        f"--task {task} is unknown; choose one of {', '.join((*ARCHITECTURES, 't2v-custom'))}",
-    )
-    name = next((name for name, known in ARCHITECTURES.items() if known == architecture), "t2v-custom")
+    known_tasks = (*ARCHITECTURES, *CUSTOM)
+    check(task in known_tasks, f"--task {task} is unknown; choose one of {', '.join(known_tasks)}")
+    custom = CUSTOM[architecture.image_dim > 0]
+    name = next((name for name, known in ARCHITECTURES.items() if known == architecture), custom)
     check(task == name, f"--task {task}, but the checkpoint is {name} ({architecture}); give --task {name}")
+
+
+def architecture_of(model: Path, checkpoint: Path | None) -> Architecture:
+    """Of the checkpoint's iteration folder, or else of the Diffusers folder."""
+    return read_architecture(checkpoint) if checkpoint else Architecture.from_diffusers(model)
 
 
 @contextlib.contextmanager
@@ -40,8 +46,7 @@ def loaded_transformer(
     Args:
         checkpoint: an iteration folder, or None for the Diffusers folder's own weights.
     """
-    architecture = read_architecture(checkpoint) if checkpoint else Architecture.from_diffusers(model)
-    architecture.check_text_to_video("sampling")
+    architecture = architecture_of(model, checkpoint)
     with layout(backend="gloo"), torch.no_grad():
         config = WanTransformerConfig.of(
             architecture, params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,

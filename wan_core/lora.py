@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wan_core.config import check
 
-TARGETS = ("linear_qkv", "linear_q", "linear_kv", "linear_proj", "linear_fc1", "linear_fc2")
+TARGETS = ("linear_qkv", "linear_q", "linear_kv", "linear_image_kv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 class _Reproducible:

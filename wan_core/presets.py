@@ -64,7 +64,15 @@ def wan_14b() -> PipelineConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], PipelineConfig]] = {"wan_demo": wan_demo, "wan_1_3b": wan_1_3b, "wan_14b": wan_14b}
+def wan_i2v_14b() -> PipelineConfig:
+    """I2V-14B at 480p, finetuned; samples need `sample.images`, the first frame for each prompt."""
+    base = wan_1_3b()
+    return replace(base, name="wan-i2v-14b", train=TrainConfig(recipe="wan_i2v_14b", mode="finetune"))
+
+
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {
+    "wan_demo": wan_demo, "wan_1_3b": wan_1_3b, "wan_14b": wan_14b, "wan_i2v_14b": wan_i2v_14b,
+}  # fmt: skip
 
 
 def get(recipe: str) -> PipelineConfig:

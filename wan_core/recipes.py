@@ -79,7 +79,6 @@ class WanConfigContainer(ConfigContainer):
         """
         size = self.train.micro_batch_size
         check(size == 1, f"train.micro_batch_size={size}, but a micro-batch is one pack; set it to 1")
-        self.samples.finalize()
         super().validate()
 
 
@@ -113,13 +112,12 @@ def build(
     size = user.pop("architecture", recipe.pop("architecture", "t2v-1.3B"))
     recipe.pop("architecture", None)
     architecture = Architecture.from_diffusers(model_dir) if model_dir else ARCHITECTURES[size]
-    architecture.check_text_to_video("training")
     container = defaults(architecture, config)
     if model_dir is not None and config.mode == "finetune":
         container.model.initial_weights = str(model_dir)
     container.dataset.path = str(dataset_dir) if dataset_dir else None
     container.dataset.mock = mock
-    container.dataset.mock_text_dim = architecture.text_dim
+    container.dataset.mock_text_dim, container.dataset.mock_image_dim = architecture.text_dim, architecture.image_dim
     if run_dir is not None:
         container.checkpoint.save = container.checkpoint.load = str(run_dir / "checkpoints")
         container.logger.tensorboard_dir = str(run_dir / "tensorboard")
@@ -150,6 +148,7 @@ def build(
             setattr(container.scheduler, name, container.optimizer.weight_decay)
     if container.scheduler.lr_decay_iters is None:
         container.scheduler.lr_decay_iters = container.train.train_iters
+    container.samples.check(container.model.architecture)
     if container.dataset.path is not None or mock:
         container.fill_in()
     return container

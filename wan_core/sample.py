@@ -1,7 +1,8 @@
-"""The sample stage: prompts to videos with UniPC and classifier-free guidance.
+"""The sample stage: prompts, and first frames, to videos with UniPC and classifier-free guidance.
 
     python -m wan_core.sample --task t2v-1.3B --checkpoint_dir RUN_DIR/checkpoints --model DIFFUSERS_DIR \\
         --sizes 480*832 --frame_nums 81 --sample_steps 50 --prompts "a cat on a beach" --output_dir samples
+    python -m wan_core.sample --task i2v-14B --model DIFFUSERS_DIR --image cat.png --prompts "a cat on a beach"
 """
 
 from __future__ import annotations
@@ -19,34 +20,48 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wan_core.architecture import Architecture
 from wan_core.config import VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, SampleConfig, Size, check
 from wan_core.digests import cached_file_digest, encoder_identity
+from wan_core.encode.image import load_image_encoder, read_first_frame
 from wan_core.encode.text import load_text_encoder
 from wan_core.encode.vae import load_vae
+from wan_core.first_frame import FirstFrame, behind, pack_first_frames
 from wan_core.packing import Packing, pack_text
 from wan_core.patch import GridSize, patchify, unpatchify
 from wan_core.records import SampleRecord, find_record, fingerprint, writing
 
 
 @dataclass(frozen=True)
-class TextPair:
-    """A prompt's text and what it is steered away from."""
+class Condition:
+    """What one video is made from: a prompt, what it is steered away from, and the first frame for image-to-video."""
 
     prompt: Tensor  # [n <= 512, text_dim]
     negative: Tensor  # [m <= 512, text_dim]
+    first_frame: FirstFrame | None = None
+
+    def to(self, device: torch.device) -> Condition:
+        frame = self.first_frame.to(device) if self.first_frame else None
+        return Condition(self.prompt.to(device), self.negative.to(device), frame)
 
 
 def stage_fingerprint(config: SampleConfig, model: Path) -> str:
-    """Identity of the samples of a Diffusers folder: its weights and the sampler's settings."""
+    """Identity of the samples of a Diffusers folder: its weights, the sampler's settings and the images.
+
+    Raises:
+        ValueError: images are missing, or are given to a text-to-video model.
+    """
+    Architecture.from_diffusers(model).check_images(config.images, len(config.prompts))
     weights = {p.name: cached_file_digest(p) for p in sorted((model / "transformer").glob("*.safetensors"))}
-    return fingerprint("sample", config, weights=weights, encoder=encoder_identity(model))
+    images = [cached_file_digest(Path(name)) for name in config.images]
+    return fingerprint("sample", config, weights=weights, encoder=encoder_identity(model), images=images)
 
 
 def run(config: SampleConfig, model: Path, output_dir: Path, device: str | None = None) -> SampleRecord:
     """Sample every prompt from a Diffusers folder and write `<number>.mp4` and `contact_sheet.png`.
 
     Raises:
-        ValueError: no prompts, or the folder is not a WAN model.
+        ValueError: no prompts, no first frames for an image-to-video model, or the folder is not a WAN model.
     """
     check(bool(config.prompts), "sample.prompts is empty; give at least one prompt")
     wanted = stage_fingerprint(config, model)
@@ -73,27 +88,32 @@ def sample_videos(
 ) -> Iterator[tuple[int, Any]]:
     """Number and frames, uint8 [T, H, W, 3], of every prompt's video.
 
-    Text encoder, transformer and VAE are loaded one after the other, so that the largest alone has to fit.
+    Encoders, transformer and VAE are loaded one after the other, so that the largest alone has to fit.
 
     Args:
         model: Diffusers folder.
         checkpoint: an iteration folder whose weights replace the folder's transformer, or None.
+
+    Raises:
+        ValueError: an image-to-video model has no image for each prompt, or a text-to-video model has some.
     """
-    pairs = encode_prompts(config, model, device)
+    from wan_core.inference import architecture_of, loaded_transformer
+
+    architecture_of(model, checkpoint).check_images(config.images, len(config.prompts))
+    conditions = encode_conditions(config, model, device)
     frames = (config.num_frames - 1) // VAE_TEMPORAL_STRIDE + 1
     shape = (frames, config.size.height // VAE_SPATIAL_STRIDE, config.size.width // VAE_SPATIAL_STRIDE)
     latents: list[Tensor] = []
-    from wan_core.inference import loaded_transformer
-
     with loaded_transformer(model, checkpoint, getattr(torch, config.dtype), device) as transformer:
         tokens = GridSize(shape[0], shape[1] // 2, shape[2] // 2).num_tokens
         per_batch = max(1, config.batch_tokens // (2 * tokens))
-        batches = [range(i, min(i + per_batch, len(pairs))) for i in range(0, len(pairs), per_batch)]
+        batches = [range(len(conditions))[i : i + per_batch] for i in range(0, len(conditions), per_batch)]
         channels = transformer.config.out_channels
         with tqdm(total=len(batches) * config.num_steps, desc="sample", unit="step", disable=None) as bar:
             for batch in batches:
                 noise = torch.stack([initial_noise((channels, *shape), config.seed + i) for i in batch]).to(device)
-                latents += denoise(config, transformer, noise, [pairs[i] for i in batch], model, bar.update).unbind()
+                chosen = [conditions[i] for i in batch]
+                latents += denoise(config, transformer, noise, chosen, model, bar.update).unbind()
     gc.collect()
     vae = load_vae(model, "float32", device)
     for number, sample in enumerate(latents):
@@ -111,12 +131,22 @@ def initial_noise(shape: Sequence[int], seed: int) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
-def encode_prompts(config: SampleConfig, model: Path, device: torch.device) -> list[TextPair]:
-    """Text embeddings of every prompt and of the negative prompt."""
+def encode_conditions(config: SampleConfig, model: Path, device: torch.device) -> list[Condition]:
+    """What each prompt's video is made from, encoded."""
+    frames = encode_images(config, model, device) if config.images else [None] * len(config.prompts)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = load_text_encoder(model, dtype, device)
-    texts = encoder.encode([*config.prompts, config.negative_prompt])
-    return [TextPair(text.to(device), texts[-1].to(device)) for text in texts[:-1]]
+    *prompts, negative = load_text_encoder(model, dtype, device).encode([*config.prompts, config.negative_prompt])
+    return [Condition(text, negative, frame).to(device) for text, frame in zip(prompts, frames, strict=True)]
+
+
+def encode_images(config: SampleConfig, model: Path, device: torch.device) -> list[FirstFrame]:
+    """First frames of the config's images."""
+    images = [read_first_frame(Path(name), config.size) for name in config.images]
+    encoder, vae = load_image_encoder(model, device), load_vae(model, "float32", device)
+    return [
+        FirstFrame(vae.encode_first_frame(torch.tensor(image), config.num_frames), encoder.encode(image))
+        for image in images
+    ]
 
 
 @torch.no_grad()
@@ -124,7 +154,7 @@ def denoise(
     config: SampleConfig,
     transformer: Any,
     noise: Tensor,
-    texts: Sequence[TextPair],
+    conditions: Sequence[Condition],
     model: Path,
     progress: Callable[[], Any] = lambda: None,
 ) -> Tensor:
@@ -140,14 +170,17 @@ def denoise(
     scheduler = UniPCMultistepScheduler.from_pretrained(model / "scheduler", flow_shift=config.shift)
     scheduler.set_timesteps(config.num_steps, device=noise.device)
     guided = config.guidance_scale > 1
-    text = [t.prompt for t in texts] + [t.negative for t in texts] * guided
+    text = [c.prompt for c in conditions] + [c.negative for c in conditions] * guided
+    frames = [c.first_frame for c in conditions if c.first_frame] * (1 + guided)
+    given, image_embeds = pack_first_frames(frames)
     grid = GridSize.of(noise[0])
     packing, rows = Packing.of([grid] * len(text), text), pack_text(text)
     latents = noise
     for timestep in scheduler.timesteps:
         patches = torch.cat([patchify(sample) for sample in latents])
         patches = torch.cat([patches, patches]) if guided else patches
-        output = transformer(patches, timestep.double().expand(len(text)), rows, packing).float()
+        timesteps = timestep.double().expand(len(text))
+        output = transformer(behind(patches, given), timesteps, rows, packing, image_embeds).float()
         velocity = torch.stack([unpatchify(tokens, grid) for tokens in output.split(grid.num_tokens)])
         if guided:
             conditional, unconditional = velocity.chunk(2)
@@ -187,13 +220,14 @@ def contact_sheet(videos: Sequence[Path], prompts: Sequence[str], path: Path, co
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="wan_core.sample", description="Sample videos from a checkpoint.")
-    result.add_argument("--task", default="t2v-1.3B", help="t2v-1.3B or t2v-14B; checked against the checkpoint")
+    result.add_argument("--task", default="t2v-1.3B", help="t2v-1.3B, t2v-14B, i2v-14B; checked against the checkpoint")
     result.add_argument(
         "--checkpoint_dir", type=Path, help="checkpoints of a training run (default: --model's own weights)"
     )
     result.add_argument("--checkpoint_step", type=int, help="which checkpoint (default: the latest)")
     result.add_argument("--model", type=Path, required=True, help="Diffusers folder: VAE, text encoder, scheduler")
     result.add_argument("--prompts", nargs="+", required=True, help="prompts, or one .txt file with a prompt per line")
+    result.add_argument("--image", nargs="+", default=[], help="of an image-to-video model: the first frame per prompt")
     result.add_argument("--negative_prompt", help="what to steer away from (default: WAN 2.1's own)")
     result.add_argument("--sizes", type=Size.parse, nargs="+", default=[Size(480, 832)], help="HEIGHT*WIDTH")
     result.add_argument("--frame_nums", type=int, nargs="+", default=[81], help="frames, 4n+1; 1 makes an image")
@@ -225,9 +259,9 @@ def main() -> None:
         for size in args.sizes:
             for num_frames in args.frame_nums:
                 config = SampleConfig(
-                    prompts=tuple(prompts), size=size, num_frames=num_frames, num_steps=args.sample_steps,
-                    guidance_scale=args.guidance_scale, shift=args.sample_shift, seed=args.base_seed,
-                    dtype="bfloat16" if device.type == "cuda" else "float32",
+                    prompts=tuple(prompts), images=tuple(args.image), size=size, num_frames=num_frames,
+                    num_steps=args.sample_steps, guidance_scale=args.guidance_scale, shift=args.sample_shift,
+                    seed=args.base_seed, dtype="bfloat16" if device.type == "cuda" else "float32",
                     **({} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}),
                 )  # fmt: skip
                 for number, frames in sample_videos(config, args.model, checkpoint, device):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wan_core.config import TEXT_LENGTH
 from wan_core.data.batch import Pack
+from wan_core.first_frame import behind, pack_first_frames
 from wan_core.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     FlowMatchingConfig,
@@ -34,10 +35,11 @@ from wan_core.patch import GridSize, patchify, patchify_output
 class StepInputs:
     """One context-parallel rank's share of a noised pack."""
 
-    patches: Tensor  # [local tokens, 4 * C] float32
+    patches: Tensor  # [local tokens, 4 * in_channels] float32
     target: Tensor  # [local tokens, 4 * C] float32, the velocity in the head's feature order
     timesteps: Tensor  # [samples] float64: megatron's bf16 wrapper casts float32 arguments, and would round these
     text_embeds: Tensor  # [text rows, text_dim], see packing.pack_text
+    image_embeds: Tensor | None  # [257 * samples, image_dim] for image-to-video
     loss_mask: Tensor  # [local tokens] float32
     token_weights: Tensor  # [local tokens] float32
     packing: Packing  # this rank's share
@@ -54,11 +56,14 @@ def prepare(pack: Pack, config: FlowMatchingConfig, parallel: Parallel, device: 
     whole = Packing.of(grids, pack.text_embeds, parallel.sequence_ranks)
     packing = whole.part(parallel.cp_rank, parallel.cp)
     padding = (0, 0, 0, whole.num_tokens - whole.num_real_tokens)
-    patches, target = (F.pad(tokens, padding) for tokens in _noised(pack, sigmas, device))
+    noisy, target = _noised(pack, sigmas, device)
+    given, image_embeds = pack_first_frames([frame.to(device) for frame in pack.first_frames])
+    patches, target = (F.pad(tokens, padding) for tokens in (behind(noisy, given), target))
     return StepInputs(
         patches=patches[packing.start : packing.stop], target=target[packing.start : packing.stop],
         timesteps=sigmas.double() * NUM_TRAIN_TIMESTEPS,
         text_embeds=pack_text(pack.text_embeds).to(device, non_blocking=True),
+        image_embeds=image_embeds,
         loss_mask=packing.loss_mask(device) * pack.counts,
         token_weights=loss_weights(config, sigmas)[packing.sample_index(device)], packing=packing,
     )  # fmt: skip
@@ -169,4 +174,4 @@ def forward(pack: Pack, model: Any, config: FlowMatchingConfig) -> tuple[StepInp
     parameter = next(model.parameters())
     parallel = Parallel.current(get_model_config(model).sequence_parallel)
     inputs = prepare(pack, config, parallel, parameter.device)
-    return inputs, model(inputs.patches, inputs.timesteps, inputs.text_embeds, inputs.packing)
+    return inputs, model(inputs.patches, inputs.timesteps, inputs.text_embeds, inputs.packing, inputs.image_embeds)

@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         prog="wan_core.train", description="Train a WAN transformer under torchrun. key=value overrides any field of "
         "the recipe, in the names of Megatron-Bridge's ConfigContainer.",
     )  # fmt: skip
-    result.add_argument("--recipe", default="wan_1_3b", help="wan_demo, wan_1_3b or wan_14b (default: wan_1_3b)")
+    result.add_argument("--recipe", default="wan_1_3b", help="a file of wan_core/conf (default: wan_1_3b)")
     result.add_argument("--config-file", type=Path, help="YAML over the recipe: a copy of wan_core/conf/*.yaml, edited")
     result.add_argument("--training-mode", choices=("pretrain", "finetune"), default="pretrain",
                         help="noise-level preset; finetune also starts from the model's weights")  # fmt: skip

@@ -102,7 +102,7 @@ def run(
     run_dir = run_dir or (Path(container.checkpoint.save) if container.checkpoint.save else None)
     if run_dir is None:
         raise ValueError("no output folder: give --run-dir DIR, or checkpoint.save=DIR")
-    container.dataset.check()
+    container.dataset.check(container.model.architecture)
     wanted = None
     if model and dataset and not config_file and not mock:
         check_encoders(dataset, model)

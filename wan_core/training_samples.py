@@ -20,10 +20,19 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from wan_core import ema
-from wan_core.config import NEGATIVE_PROMPT, VAE_SPATIAL_STRIDE, VAE_TEMPORAL_STRIDE, SampleConfig, Size, check
+from wan_core.architecture import Architecture
+from wan_core.config import (
+    NEGATIVE_PROMPT,
+    PATCH_SIZE,
+    VAE_SPATIAL_STRIDE,
+    VAE_TEMPORAL_STRIDE,
+    SampleConfig,
+    Size,
+    check,
+)  # fmt: skip
 from wan_core.packing import Packing
 from wan_core.parallel import Parallel
-from wan_core.sample import TextPair, denoise, encode_prompts, initial_noise, to_frames
+from wan_core.sample import Condition, denoise, encode_conditions, initial_noise, to_frames
 
 
 @dataclass
@@ -32,6 +41,7 @@ class SamplesConfig:
 
     interval: int = 0  # steps from one time to the next; 0: never
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # of an image-to-video model: the first frame of each prompt's video
     negative_prompt: str = NEGATIVE_PROMPT
     height: int = 480
     width: int = 832
@@ -42,17 +52,18 @@ class SamplesConfig:
     seed: int = 0  # prompt i uses seed + i
     batch_tokens: int = 32768  # prompts are packed into one forward up to this many tokens
 
-    def finalize(self) -> None:
+    def check(self, architecture: Architecture) -> None:
         """Raises `ValueError` for what cannot be sampled."""
         if self.interval:
             check(bool(self.prompts), "samples.interval is set, but samples.prompts is empty; give some, or interval=0")
+            architecture.check_images(self.images, len(self.prompts))
             self.sampler()
 
     def sampler(self) -> SampleConfig:
         return SampleConfig(
-            prompts=self.prompts, negative_prompt=self.negative_prompt, size=Size(self.height, self.width),
-            num_frames=self.num_frames, num_steps=self.num_steps, guidance_scale=self.guidance_scale, shift=self.shift,
-            seed=self.seed, batch_tokens=self.batch_tokens,
+            prompts=self.prompts, images=self.images, negative_prompt=self.negative_prompt,
+            size=Size(self.height, self.width), num_frames=self.num_frames, num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale, shift=self.shift, seed=self.seed, batch_tokens=self.batch_tokens,
         )  # fmt: skip
 
 
@@ -66,32 +77,36 @@ class LayoutTransformer:
     def __post_init__(self) -> None:
         self.parallel = Parallel.current(get_model_config(self.model[0]).sequence_parallel)
 
-    def __call__(self, patches: Tensor, timesteps: Tensor, text_embeds: Tensor, packing: Packing) -> Tensor:
-        """[tokens, 4 * C], [samples], [text rows, text_dim] -> [tokens, 4 * C]."""
+    def __call__(
+        self, patches: Tensor, timesteps: Tensor, text_embeds: Tensor, packing: Packing,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `WanModel.forward`, of whole sequences: [tokens, 4 * in_channels] -> [tokens, 4 * out_channels]."""
         ranks, parallel = self.parallel.sequence_ranks, self.parallel
         tokens = -(-packing.num_real_tokens // ranks) * ranks
         local = replace(packing, num_tokens=tokens, start=0, stop=-1).part(parallel.cp_rank, parallel.cp)
         padded = F.pad(patches, (0, 0, 0, tokens - packing.num_real_tokens))[local.start : local.stop]
-        velocity = self._forward(padded, timesteps, text_embeds, local).contiguous()
+        velocity = self._forward(padded, timesteps, text_embeds, local, image_embeds).contiguous()
         if parallel.cp > 1:
             shares = [torch.empty_like(velocity) for _ in range(parallel.cp)]
             dist.all_gather(shares, velocity, group=parallel.cp_group)
             velocity = torch.cat(shares)
         return velocity[: packing.num_real_tokens]
 
-    def _forward(self, patches: Tensor, timesteps: Tensor, text_embeds: Tensor, packing: Packing) -> Tensor:
+    def _forward(self, patches: Tensor, *others: Any) -> Tensor:
         """This context-parallel rank's share, through all pipeline stages."""
         if self.parallel.pp == 1:
-            return self.model[0](patches, timesteps, text_embeds, packing).float()
+            return self.model[0](patches, *others).float()
 
         def step(_: Any, model: Any) -> Any:
-            return model(patches, timesteps, text_embeds, packing), lambda output, non_loss_data: output
+            return model(patches, *others), lambda output, non_loss_data: output
 
         outputs = get_forward_backward_func()(
             forward_step_func=step, data_iterator=None, model=self.model, num_microbatches=1,
-            seq_length=packing.num_local_tokens, micro_batch_size=1, forward_only=True, collect_non_loss_data=True,
+            seq_length=len(patches), micro_batch_size=1, forward_only=True, collect_non_loss_data=True,
         )  # fmt: skip
-        velocity = outputs[0].float() if self.parallel.is_last_stage else patches.new_empty(patches.shape).float()
+        shape = len(patches), get_model_config(self.model[0]).out_channels * math.prod(PATCH_SIZE)
+        velocity = outputs[0].float() if self.parallel.is_last_stage else patches.new_empty(shape).float()
         last = dist.get_global_rank(self.parallel.pp_group, self.parallel.pp - 1)  # type: ignore[arg-type]
         dist.broadcast(velocity, last, group=self.parallel.pp_group)
         return velocity
@@ -105,17 +120,17 @@ class SampleVideos(Callback):
             raise ValueError("samples.interval needs a text encoder and a VAE; give --model, or samples.interval=0")
         self.config, self.sampler, self.model_dir = config, config.sampler(), model_dir
         self.folder, self.use_ema = run_dir / "samples", use_ema
-        self.texts: list[TextPair] = []
+        self.conditions: list[Condition] = []
         self.vae: Any = None
 
     def on_train_start(self, context: CallbackContext) -> None:
-        """Encode the prompts once, on one rank: the text encoder may be larger than the model."""
+        """Encode prompts and images once, on one rank: the text encoder may be larger than the model."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
-            pairs = encode_prompts(self.sampler, self.model_dir, device())
-            found = [[(pair.prompt.cpu(), pair.negative.cpu()) for pair in pairs]]
+            conditions = encode_conditions(self.sampler, self.model_dir, device())
+            found = [[condition.to(torch.device("cpu")) for condition in conditions]]
         dist.broadcast_object_list(found, 0)
-        self.texts = [TextPair(prompt.to(device()), negative.to(device())) for prompt, negative in found[0]]
+        self.conditions = [condition.to(device()) for condition in found[0]]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -144,7 +159,7 @@ class SampleVideos(Callback):
         shares: list[Any] = [None] * parallel.dp
         dist.all_gather_object(shares, mine, group=parallel.dp_group)
         every = {index: frames for share in shares for index, frames in share.items()}
-        return [every[index] for index in range(len(self.texts))]
+        return [every[index] for index in range(len(self.conditions))]
 
     def _latents(self, model: list[Any], parallel: Parallel) -> dict[int, Tensor]:
         """Latents by prompt number: data-parallel rank r of d takes the prompts r, r + d, ..."""
@@ -153,16 +168,16 @@ class SampleVideos(Callback):
             get_model_config(model[0]).out_channels, (config.num_frames - 1) // VAE_TEMPORAL_STRIDE + 1,
             config.size.height // VAE_SPATIAL_STRIDE, config.size.width // VAE_SPATIAL_STRIDE,
         )  # fmt: skip
-        share = -(-len(self.texts) // parallel.dp)  # alike on all ranks, which may have to gather weights together
-        mine = [(parallel.dp_rank + i * parallel.dp) % len(self.texts) for i in range(share)]
+        share = -(-len(self.conditions) // parallel.dp)  # alike on all ranks, which may have to gather weights together
+        mine = [(parallel.dp_rank + i * parallel.dp) % len(self.conditions) for i in range(share)]
         per_batch = max(1, config.batch_tokens // (2 * math.prod(shape[1:]) // 4))
         transformer = LayoutTransformer(model)
         latents: dict[int, Tensor] = {}
         for begin in range(0, share, per_batch):
             batch = mine[begin : begin + per_batch]
             noise = torch.stack([initial_noise(shape, config.seed + i) for i in batch]).to(device())
-            texts = [self.texts[i] for i in batch]
-            latents |= zip(batch, denoise(config, transformer, noise, texts, self.model_dir), strict=True)
+            conditions = [self.conditions[i] for i in batch]
+            latents |= zip(batch, denoise(config, transformer, noise, conditions, self.model_dir), strict=True)
         return latents
 
     def show(self, context: CallbackContext, iteration: int, frames: list[np.ndarray]) -> None:

@@ -9,14 +9,16 @@ import hashlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan_core.config import check
-from wan_core.data.samples import decode_member
+from wan_core.data.samples import decode_member, first_frame_of
+from wan_core.first_frame import FirstFrame, behind, pack_first_frames
 from wan_core.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
     FlowMatchingConfig,
@@ -41,19 +43,18 @@ class Validation:
     num_clips: int
 
 
-def held_out(dataset: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Key, latents [C, T, H, W] and text embeddings [n, text_dim] of the clips in the `val` shards of an index."""
+def held_out(dataset: Path) -> Iterator[tuple[str, Tensor, Tensor, FirstFrame | None]]:
+    """Key, latents [C, T, H, W], text embeddings [n, text_dim] and first frame (of an image-to-video dataset) of the
+    clips in the `val` shards of an index."""
     for shard in sorted(dataset.glob("val-*.tar")):
-        members: dict[str, Tensor] = {}
         with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                if kind in ("pth", "pickle"):
+            for key, group in groupby(tar, lambda member: member.name.partition(".")[0]):
+                members: dict[str, Any] = {}
+                for member in group:
                     file = tar.extractfile(member)
                     assert file is not None, member.name
-                    members[kind] = decode_member(member.name, file.read())
-                if len(members) == 2:
-                    yield key, members.pop("pth"), members.pop("pickle")
+                    members[member.name.partition(".")[2]] = decode_member(member.name, file.read())
+                yield key, members["pth"], members["pickle"], first_frame_of(members)
 
 
 def noise_for(key: str, latents: Tensor) -> Tensor:
@@ -76,14 +77,17 @@ def run(model: Path, dataset: Path, device: str | None = None) -> Validation:
     losses: list[list[float]] = []
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     with loaded_transformer(model, None, dtype, place) as transformer:
-        for key, stored, text in islice(held_out(dataset), MAX_CLIPS):
+        for key, stored, text, frame in islice(held_out(dataset), MAX_CLIPS):
+            transformer.config.architecture.check_first_frames(frame is not None, dataset)
+            given, image_embeds = pack_first_frames([frame.to(place)] if frame else [])
             latents = stored.to(place).float()
             noise, packing = noise_for(key, latents), Packing.of([GridSize.of(latents)], [text])
             rows, target = pack_text([text]).to(place), patchify_output(velocity(latents, noise))
             row = []
             for sigma in sigmas.tolist():
                 timesteps = torch.full((1,), sigma * NUM_TRAIN_TIMESTEPS, dtype=torch.float64, device=place)
-                predicted = transformer(patchify(interpolate(latents, noise, sigma)), timesteps, rows, packing)
+                patches = behind(patchify(interpolate(latents, noise, sigma)), given)
+                predicted = transformer(patches, timesteps, rows, packing, image_embeds)
                 row.append((predicted.float() - target).square().mean().item())
             losses.append(row)
     check(bool(losses), f"{dataset} has no val split to compare models on; raise shard.val_share, or add clips")

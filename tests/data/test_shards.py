@@ -224,7 +224,7 @@ def damaged(what: str, encoded: EncodeRecord) -> None:
     [
         ("cut in half", "ends too early"), ("a bit of the latents", "checksum of archive/data/0 differs"),
         ("a bit of the text", "checksum of archive/data/0 differs"), ("a header", "header of .pth"),
-        ("NaN", "latents are not finite"), ("another part's members", "members.json lacks members of sample key"),
+        ("NaN", ".pth's values are not finite"), ("another part's members", "members.json lacks members of sample key"),
     ],
 )  # fmt: skip
 def test_damaged_parts_are_refused_and_leave_nothing(tmp_path: Path, what: str, sentence: str) -> None:

@@ -117,7 +117,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for folder in sorted(path.parent for path in out.glob("*/rank0.pt")):
         whole = "one-long" if (out / "one-long").is_dir() else "one"
-        base = "single" if "single" in folder.name else whole
+        base = "single" if "single" in folder.name else "one-i2v" if "i2v" in folder.name else whole
         if folder.name != base:
             run = read_run(folder)
             errors = compare(run, read_run(out / base))

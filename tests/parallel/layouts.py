@@ -4,9 +4,9 @@
     python -m tests.parallel.layouts --fork 4 --layouts ...    # the same on one host; imports Megatron only once
 
 A layout is named by its parts: tp2, cp2, pp2, dp2 (sizes), sp (sequence parallelism), ring (instead of Ulysses), fsdp
-(Megatron-FSDP, all sharded), packs2 (the step's samples in two packs), full or selective (recomputation), single (one
-sample instead of four), long (all steps instead of half of them), save (a checkpoint after half of them) and load:NAME
-(the second half, from the checkpoint that layout NAME saved). `one` is one rank.
+(Megatron-FSDP, all sharded), packs2 (the step's samples in two packs), full or selective (recomputation), i2v
+(image-to-video), single (one sample instead of four), long (all steps instead of half of them), save (a checkpoint
+after half of them) and load:NAME (the second half, from the checkpoint that layout NAME saved). `one` is one rank.
 Layouts of fewer ranks than were started leave the others idle. float32 on gloo without a GPU, bfloat16 on NCCL with.
 The process groups are made anew for each layout in the same processes.
 This module stays light, because Megatron writes checkpoints in spawned processes that import it anew.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PARTS = r"one|save|sp|ring|fsdp|full|selective|single|long|(tp|cp|pp|dp|packs)\d+"
+PARTS = r"one|save|sp|ring|fsdp|i2v|full|selective|single|long|(tp|cp|pp|dp|packs)\d+"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Layout:
     sp: bool = False
     ring: bool = False
     fsdp: bool = False
+    i2v: bool = False
     recompute: str | None = None
     single: bool = False
     long: bool = False

@@ -35,7 +35,8 @@ LOADED = (
     "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
     "load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
 )  # fmt: skip
-BASES = ("one-long", "single")
+I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
+BASES = ("one-long", "single", "one-i2v")
 
 slow = pytest.mark.slow
 
@@ -44,7 +45,7 @@ slow = pytest.mark.slow
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the results of all layouts."""
     out = tmp_path_factory.mktemp("layouts")
-    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *SAVED, *LOADED)
+    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *SAVED, *LOADED)
     command = [sys.executable, "-m", "tests.parallel.layouts", "--fork", "4", "--layouts", ",".join(names)]
     with (out / "log.txt").open("w") as log:
         result = subprocess.run(
@@ -60,10 +61,11 @@ def found(runs: Path, name: str) -> Run:
 
 
 @slow
-@pytest.mark.parametrize("name", (*LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *SAVED, *LOADED))
+@pytest.mark.parametrize("name", (*LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *SAVED, *LOADED))
 def test_a_layout_equals_one_rank(runs: Path, name: str) -> None:
     run = found(runs, name)
-    errors = compare(run, found(runs, "single" if Layout.of(name).single else "one-long"))
+    layout = Layout.of(name)
+    errors = compare(run, found(runs, "single" if layout.single else "one-i2v" if layout.i2v else "one-long"))
     assert len(run.losses) >= 10
     assert errors.loss <= 1e-5
     assert errors.grad_norm <= 1e-5

@@ -44,8 +44,10 @@ from wan_core.recipes import WanConfigContainer, build  # noqa: E402
 from wan_core.step import WanStep  # noqa: E402
 
 SMALL = Architecture(64, 160, 4, 3, text_dim=32, freq_dim=64)  # 3 layers do not divide over 2 stages
+SMALL_I2V = dataclasses.replace(SMALL, in_channels=36, image_dim=24)
 FOUR_SAMPLES = ("3x6x10", "1x6x6", "5x2x14", "1x8x12")  # 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad
 ONE_SAMPLE = ("3x8x12",)  # 72 tokens
+I2V_MODEL = "i2v-model"
 
 
 class SplitSamples:
@@ -64,8 +66,9 @@ class SplitSamples:
         pack, size = self.samples.pack(step), len(self.samples.shapes) // self.packs
         cut = slice(part * size, (part + 1) * size)
         return dataclasses.replace(
-            pack, latents=pack.latents[cut], text_embeds=pack.text_embeds[cut], seeds=pack.seeds[cut]
-        )
+            pack, latents=pack.latents[cut], text_embeds=pack.text_embeds[cut], seeds=pack.seeds[cut],
+            first_frames=pack.first_frames[cut],
+        )  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,9 @@ class SplitSamplesProvider(WanDatasetProvider):
     first_step: int = 0
 
     def build_datasets(self, context: Any) -> tuple[Any, Any, Any]:
-        samples = SyntheticConfig(shapes=self.mock_shapes, text_dim=self.mock_text_dim)
+        samples = SyntheticConfig(
+            shapes=self.mock_shapes, text_dim=self.mock_text_dim, image_dim=self.mock_image_dim
+        )  # fmt: skip
         loader = SplitSamples(samples, self.packs, Parallel.current())
         loader.number += self.first_step * self.packs
         return loader, None, None
@@ -169,9 +174,11 @@ def whole_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_model(folder: Path) -> None:
-    """A Diffusers folder with random weights in every place: WAN's own start has a zero head, which hides all else."""
-    if not folder.exists():
-        reference_model(SMALL).save_pretrained(folder / "transformer")
+    """A Diffusers folder with random weights in every place: WAN's own start has a zero head, which hides all else.
+    Beside it one for image-to-video."""
+    for path, architecture in ((folder, SMALL), (folder.with_name(I2V_MODEL), SMALL_I2V)):
+        if not path.exists():
+            reference_model(architecture).save_pretrained(path / "transformer")
 
 
 def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanConfigContainer:
@@ -179,12 +186,13 @@ def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanCon
     half = steps // 2
     overrides = (*layout.overrides(), f"train.train_iters={steps if layout.long or layout.load else half}", *extra)
     config = build(
-        TrainConfig("wan_demo", "finetune", overrides), model_dir=out / "model", dataset_dir=None, run_dir=None,
-        mock=True,
+        TrainConfig("wan_demo", "finetune", overrides), model_dir=out / (I2V_MODEL if layout.i2v else "model"),
+        dataset_dir=None, run_dir=None, mock=True,
     )  # fmt: skip
     config.dataset = SplitSamplesProvider(
         mock=True, mock_shapes=ONE_SAMPLE if layout.single else FOUR_SAMPLES, packs=layout.packs,
-        mock_text_dim=config.model.text_dim, first_step=half if layout.load else 0,
+        mock_text_dim=config.model.text_dim, mock_image_dim=config.model.image_dim,
+        first_step=half if layout.load else 0,
     )  # fmt: skip
     config.scheduler.lr_decay_style, config.scheduler.lr_warmup_iters = "constant", 0
     config.logger.log_interval = sys.maxsize

@@ -7,6 +7,7 @@ Light at the top, because Megatron's checkpoint writers are spawned processes th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -42,10 +43,50 @@ def main(out: Path) -> None:
     train(out / "dora", model, (*ADAPTED, "lora.magnitude=true", "train.train_iters=2", "checkpoint.save_interval=2"))
     frozen = ("model.freeze=[layers.0.*, text_embedding.*]", "optimizer.weight_decay=100.0", "optimizer.lr=1e-3")
     train(out / "frozen", model, (*SETTINGS, *frozen, "train.train_iters=2", "checkpoint.save_interval=2"))
+    image_to_video(out)
 
 
-def train(run_dir: Path, model: Path, overrides: tuple[str, ...]) -> None:
-    """One run, in process groups of its own."""
+def image_to_video(out: Path) -> None:
+    """A run on a dataset with first frames, with adapters on the image's branch, too, and a dataset that is refused."""
+    from PIL import Image
+
+    from tests.resume.data import make_dataset
+    from tests.tiny import IMAGE_DIM, TEXT_DIM, make_tiny_model
+    from wan_core.digests import encoder_identity
+
+    model = make_tiny_model(out / "i2v-model", image_to_video=True)
+    data = make_dataset(
+        out / "i2v-data", 12, text_dim=TEXT_DIM, image_dim=IMAGE_DIM, encoder=encoder_identity(model)
+    )  # fmt: skip
+    Image.new("RGB", (32, 32), "red").save(out / "red.png")
+    iterations = ("train.train_iters=2", "checkpoint.save_interval=2", "validation.eval_interval=2")
+    shown = (*SAMPLED, f"samples.images=[{', '.join([str(out / 'red.png')] * 3)}]")
+    train(out / "i2v", model, (*SETTINGS, *iterations, *shown), data)
+    train(out / "i2v-lora", model, (*ADAPTED, "train.train_iters=1", "checkpoint.save_interval=1"))
+    refusals = []
+    for path, overrides in ((out / "model", SETTINGS), (model, (*SETTINGS, *SAMPLED))):
+        try:
+            train(out / "refused", path, overrides, data)
+        except ValueError as error:
+            refusals.append(f"{error}\n")
+    (out / "refusals.txt").write_text("".join(refusals))
+    (out / "flops.json").write_text(json.dumps(logged_and_expected_flops()))
+
+
+def logged_and_expected_flops() -> list[int]:
+    """Of a step of two clips: what the log's formula makes of the step's sums, and the architecture's own count."""
+    from wan_core.architecture import I2V_14B
+    from wan_core.config import TEXT_LENGTH
+    from wan_core.model.provider import WanProvider
+
+    lengths, provider = (32760, 1560), WanProvider.of_architecture(I2V_14B)
+    squares, text = sum(length**2 for length in lengths), TEXT_LENGTH * len(lengths)
+    logged = provider._get_num_floating_point_operations_with_runtime_stats(1, sum(lengths), squares, text, None)
+    return [logged, sum(map(I2V_14B.training_flops, lengths))]
+
+
+def train(run_dir: Path, model: Path, overrides: tuple[str, ...], dataset: Path | None = None) -> None:
+    """One run, in process groups of its own, on a dataset or on random data."""
     import torch
     import torch.distributed as dist
 
@@ -58,7 +99,7 @@ def train(run_dir: Path, model: Path, overrides: tuple[str, ...]) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        run(TrainConfig("wan_demo", "finetune", overrides), model, None, run_dir, None, mock=True)
+        run(TrainConfig("wan_demo", "finetune", overrides), model, dataset, run_dir, None, mock=dataset is None)
     finally:
         dist.destroy_process_group()
 

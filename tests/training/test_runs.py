@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wan_core.architecture import Architecture
+from wan_core.config import SampleConfig, Size
 from wan_core.convert import stage
 from wan_core.convert.adapters import LORA_NAME, export_lora, read_adapters
 from wan_core.convert.checkpoint import EMA, iteration_dir, read_tensors, read_weights, tensor_names
 from wan_core.convert.mapping import from_diffusers, parameter_names
 from wan_core.convert.weights import DiffusersWeights
+from wan_core.sample import initial_noise, sample_videos
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +171,50 @@ def test_lora_file_is_what_the_pipeline_reads(runs: Path, tmp_path: Path) -> Non
     state, extra = WanPipeline.lora_state_dict(tmp_path, return_lora_metadata=True)
     assert state.keys() == load_file(tmp_path / LORA_NAME).keys() and extra is None
     save_file(state, tmp_path / "again.safetensors")
+
+
+def test_image_to_video_trains_and_converts(runs: Path, tmp_path: Path) -> None:
+    """On a dataset of first frames; what is exported is a pipeline whose videos are those of the checkpoint."""
+    folder = checkpoint(runs, "i2v", 2)
+    stage.export(folder, runs / "i2v-model", tmp_path / "exported")
+    pipeline = WanImageToVideoPipeline.from_pretrained(tmp_path / "exported")
+    before = DiffusersWeights(runs / "i2v-model")
+    for name, weight in pipeline.transformer.state_dict().items():  # all of it was trained
+        assert not torch.equal(weight, before[name]), name
+    assert all(0 < loss < 10 for loss in losses(runs, "i2v").values())
+    with Image.open(runs / "i2v" / "samples" / "iter_0000002" / "002.gif") as animation:
+        assert animation.n_frames == 5
+    assert json.loads((runs / "i2v" / "validation.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+
+    config = SampleConfig(
+        prompts=("a red circle moving left",), images=(str(runs / "red.png"),), negative_prompt="a", size=Size(32, 32),
+        num_frames=5, num_steps=2, guidance_scale=4.0, shift=3.0, dtype="float32",
+    )  # fmt: skip
+    frames = next(sample_videos(config, runs / "i2v-model", folder, torch.device("cpu")))[1]
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        image=Image.open(runs / "red.png"), prompt=config.prompts[0], negative_prompt="a", height=32, width=32,
+        num_frames=5, num_inference_steps=2, guidance_scale=4.0, latents=initial_noise((1, 16, 2, 4, 4), 0),
+    ).frames[0]  # fmt: skip
+    assert abs(frames / 255 - expected).max() < 0.02
+
+
+def test_image_adapters_are_exported(runs: Path, tmp_path: Path) -> None:
+    export_lora(checkpoint(runs, "i2v-lora", 1), tmp_path)
+    names = load_file(tmp_path / LORA_NAME)
+    assert "transformer.blocks.1.attn2.add_v_proj.lora_A.weight" in names
+
+
+def test_what_image_to_video_lacks_is_refused_before_work_starts(runs: Path) -> None:
+    kind, images = (runs / "refusals.txt").read_text().splitlines()
+    assert "was encoded for image-to-video (it holds first frames), but the model is text-to-video" in kind
+    assert "0 images are given for 3 videos of an image-to-video model" in images
+    assert not (runs / "refused").exists()
+
+
+def test_logged_flops_of_image_to_video_are_its_own(runs: Path) -> None:
+    logged, expected = json.loads((runs / "flops.json").read_text())
+    assert logged == expected
 
 
 @pytest.mark.gpu

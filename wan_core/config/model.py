@@ -73,6 +73,8 @@ class SampleConfig:
 
     prompts: tuple[str, ...] = ()
     """One video each."""
+    images: tuple[str, ...] = place(())
+    """Of an image-to-video model: image files, the first frame of each prompt's video."""
     negative_prompt: str = NEGATIVE_PROMPT
     """What guidance leads away from."""
     size: Size = Size(480, 832)

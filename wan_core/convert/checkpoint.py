@@ -57,7 +57,7 @@ def read_architecture(folder: Path) -> Architecture:
         hidden_size=model["hidden_size"], ffn_hidden_size=model["ffn_hidden_size"],
         num_attention_heads=model["num_attention_heads"], num_layers=model["num_layers"],
         in_channels=model["in_channels"], out_channels=model["out_channels"], text_dim=model["text_dim"],
-        freq_dim=model["freq_dim"], eps=model["layernorm_epsilon"],
+        freq_dim=model["freq_dim"], eps=model["layernorm_epsilon"], image_dim=model.get("image_dim", 0),
     )  # fmt: skip
 
 

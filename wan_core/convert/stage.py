@@ -21,6 +21,7 @@ from wan_core.digests import encoder_identity
 from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint, writing
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # taken from the reference folder as they are
+IMAGE_PARTS = ("image_encoder", "image_processor")  # of an image-to-video model, too
 
 
 def stage_fingerprint(config: ConvertConfig, trained: TrainRecord, model: Path) -> str:
@@ -56,8 +57,8 @@ def export(
     Returns:
         The number of transformer tensors.
     """
-    check_reference(model)
     architecture = read_architecture(checkpoint)
+    check_reference(model, architecture)
     if holds_adapters(checkpoint):
         base = dict(from_diffusers(DiffusersWeights(model), architecture))
         state = merged_weights(checkpoint, base, architecture, EMA if weights == "ema" else "")
@@ -66,12 +67,18 @@ def export(
     return write_folder(state, architecture, model, output_dir, dtype)
 
 
-def check_reference(model: Path) -> None:
+def parts_of(architecture: Architecture) -> tuple[str, ...]:
+    """What a Diffusers folder holds beside the transformer."""
+    return (*PARTS, *(IMAGE_PARTS if architecture.image_dim else ()))
+
+
+def check_reference(model: Path, architecture: Architecture) -> None:
     """Raise ValueError unless `model` has every part that an export takes over."""
-    missing = [name for name in (*PARTS, "model_index.json") if not (model / name).exists()]
+    missing = [name for name in (*parts_of(architecture), "model_index.json") if not (model / name).exists()]
+    pipeline = "WanImageToVideoPipeline" if architecture.image_dim else "WanPipeline"
     check(
         not missing,
-        f"model folder {model} has no {', '.join(missing)}; give a folder that WanPipeline.from_pretrained loads",
+        f"model folder {model} has no {', '.join(missing)}; give a folder that {pipeline}.from_pretrained loads",
     )
 
 
@@ -82,7 +89,7 @@ def write_folder(
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     save_transformer(weights, architecture, output_dir / "transformer")
-    for name in PARTS:
+    for name in parts_of(architecture):
         shutil.copytree(model / name, output_dir / name, copy_function=_link_or_copy)
     index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
     index["transformer"] = ["diffusers", "WanTransformer3DModel"]

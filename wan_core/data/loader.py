@@ -19,6 +19,7 @@ from wan_core.config import check
 from wan_core.data.batch import Pack, TrainingSample
 from wan_core.data.blend import METADATASET_NAME, members_of
 from wan_core.data.index import META_FOLDER
+from wan_core.data.samples import first_frame_of
 from wan_core.data.stream import Draw, PackStream, Position
 from wan_core.data.table import SampleTable
 from wan_core.packing import first_fit_decreasing
@@ -91,6 +92,7 @@ class _Packs(Dataset[Any]):
         sample = TrainingSample(
             __key__=key, __restore_key__=(), latents=members["pth"], seed=draw.seed,
             text_embeds=self.empty_text if draw.drop_caption else members["pickle"],
+            first_frame=first_frame_of(members),
         )  # fmt: skip
         planned = int(table.num_tokens[draw.index])
         check(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from wan_core.config import check
-from wan_core.data.samples import decode_member
+from wan_core.data.samples import decode_member, members_of
 from wan_core.records import EncodeRecord
 
 BLOCK = tarfile.BLOCKSIZE
-MEMBERS = ("json", "pickle", "pth")  # of each sample, in this order, one behind the other
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class StoredSamples:
     part: np.ndarray  # int32 [n], index into parts
     offset: np.ndarray  # int64 [n], of the first header in part.tar
     num_bytes: np.ndarray  # int64 [n]
+    kinds: tuple[str, ...]  # extensions of each sample's members, which lie one behind the other
 
     @classmethod
     def of(cls, encoded: EncodeRecord) -> StoredSamples:
@@ -42,7 +42,7 @@ class StoredSamples:
         Raises:
             ValueError: a part lacks a sample, or its members are not those that encode writes.
         """
-        keys, digests, rows = [], [], []
+        keys, digests, rows, kinds = [], [], [], members_of(encoded.encoder)
         numbers = {folder.name: number for number, folder in enumerate(encoded.parts)}
         with (encoded.path / "clips.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
@@ -57,8 +57,8 @@ class StoredSamples:
         for number, folder in enumerate(encoded.parts):
             members = json.loads((folder / "members.json").read_text())
             for row in by_part[edges[number] : edges[number + 1]]:
-                spans[:, row] = _span(folder, keys[row], members)
-        return cls(keys, digests, list(encoded.parts), part, spans[0], spans[1])
+                spans[:, row] = _span(folder, keys[row], members, kinds)
+        return cls(keys, digests, list(encoded.parts), part, spans[0], spans[1], kinds)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -74,7 +74,7 @@ class StoredSamples:
             raw = os.pread(tar.fileno(), int(self.num_bytes[row]), int(self.offset[row]))
         try:
             check(len(raw) == self.num_bytes[row], "the file ends too early")
-            return _parsed(key, raw)
+            return _parsed(key, raw, self.kinds)
         except ValueError as error:
             raise ValueError(
                 f"{folder / 'part.tar'} is damaged at sample {key}: {error}; delete {folder} and run encode again, "
@@ -90,9 +90,11 @@ class StoredSample:
     text_embeds: Tensor  # [n, text_dim]
 
 
-def _span(folder: Path, key: str, members: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def _span(
+    folder: Path, key: str, members: dict[str, tuple[int, int]], kinds: tuple[str, ...]
+) -> tuple[int, int]:  # fmt: skip
     """Offset and bytes of a sample's run."""
-    found = [members.get(f"{key}.{kind}") for kind in MEMBERS]
+    found = [members.get(f"{key}.{kind}") for kind in kinds]
     check(None not in found, f"{folder / 'members.json'} lacks members of sample {key}; delete {folder}, encode again")
     begin = end = found[0][0] - BLOCK  # type: ignore[index]
     for offset, size in found:  # type: ignore[misc]
@@ -101,22 +103,21 @@ def _span(folder: Path, key: str, members: dict[str, tuple[int, int]]) -> tuple[
     return begin, end - begin
 
 
-def _parsed(key: str, raw: bytes) -> StoredSample:
-    values, offset = [], 0
-    for kind in MEMBERS:
+def _parsed(key: str, raw: bytes, kinds: tuple[str, ...]) -> StoredSample:
+    values, offset = {}, 0
+    for kind in kinds:
         try:
             header = tarfile.TarInfo.frombuf(raw[offset : offset + BLOCK], "utf-8", "strict")
         except tarfile.HeaderError as error:
             raise ValueError(f"header of .{kind}: {error}") from error
         check(header.name == f"{key}.{kind}", f"{header.name} lies where {key}.{kind} should")
         offset += BLOCK
-        values.append(decode_member(header.name, raw[offset : offset + header.size]))
+        values[kind] = decode_member(header.name, raw[offset : offset + header.size])
         offset += -(-header.size // BLOCK) * BLOCK
     check(offset == len(raw), f"its members have {offset} bytes instead of {len(raw)}")
-    info, text_embeds, latents = values
-    for name, tensor in (("latents", latents), ("text embeddings", text_embeds)):
-        check(is_finite(tensor), f"{name} are not finite")
-    return StoredSample(raw, info, latents, text_embeds)
+    for kind, value in values.items():
+        check(kind == "json" or is_finite(value), f".{kind}'s values are not finite")
+    return StoredSample(raw, values["json"], values["pth"], values["pickle"])
 
 
 def is_finite(tensor: Tensor) -> bool:

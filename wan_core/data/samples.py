@@ -1,8 +1,10 @@
 """The shard sample format: three tar members per sample, written byte for byte alike, read without running code.
 
-    <key>.json     side-info (`ClipInfo`)
-    <key>.pickle   text embeddings, a pickled tensor
-    <key>.pth      latents, as torch.save writes them
+    <key>.json              side-info (`ClipInfo`)
+    <key>.pickle            text embeddings, a pickled tensor
+    <key>.pth               latents, as torch.save writes them
+    <key>.image_embeds.pth  two more for image-to-video: CLIP's embeddings of the first frame,
+    <key>.image_latents.pth and the latents of a video that is this frame, then grey
 
 Plain `pickle.loads` and `torch.load` read them too, so any WebDataset reader does.
 """
@@ -25,7 +27,11 @@ import torch
 from megatron.energon.flavors.webdataset import SampleDecoder
 from torch import Tensor
 
-from wan_core.config import TEXT_LENGTH
+from wan_core.config import IMAGE_LENGTH, TEXT_LENGTH
+from wan_core.first_frame import FirstFrame
+
+MEMBERS = ("json", "pickle", "pth")  # of each sample, in this order
+IMAGE_MEMBERS = ("image_embeds.pth", "image_latents.pth")
 
 
 @dataclass(frozen=True)
@@ -54,21 +60,28 @@ class Sample:
     latents: Tensor  # [16, T, H, W], normalised
     text_embeds: Tensor  # [n <= TEXT_LENGTH, text_dim]
     info: ClipInfo
+    first_frame: FirstFrame | None = None  # for image-to-video
 
     def __post_init__(self) -> None:
         assert self.latents.ndim == 4, f"latents {tuple(self.latents.shape)} are not [C, T, H, W]"
         n = self.text_embeds.shape[0]
         assert self.text_embeds.ndim == 2 and 1 <= n <= TEXT_LENGTH, f"text_embeds {tuple(self.text_embeds.shape)}"
+        if frame := self.first_frame:
+            assert frame.latents.shape == self.latents.shape, f"first frame's latents {tuple(frame.latents.shape)}"
+            assert frame.embeds.ndim == 2 and len(frame.embeds) == IMAGE_LENGTH, f"{tuple(frame.embeds.shape)}"
         # WebDataset ends a key at its first dot.
         assert self.key and "." not in self.key and "/" not in self.key, f"key {self.key!r}"
 
 
 def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
-    """Append a sample's three members; equal samples give equal bytes."""
+    """Append a sample's members; equal samples give equal bytes."""
     info = json.dumps(asdict(sample.info), ensure_ascii=False, sort_keys=True)
     write_member(tar, f"{sample.key}.json", info.encode())
     write_member(tar, f"{sample.key}.pickle", _pickled(sample.text_embeds))
     write_member(tar, f"{sample.key}.pth", saved(sample.latents))
+    if frame := sample.first_frame:
+        for kind, tensor in zip(IMAGE_MEMBERS, (frame.embeds, frame.latents), strict=True):
+            write_member(tar, f"{sample.key}.{kind}", saved(tensor))
 
 
 def write_member(tar: tarfile.TarFile, name: str, raw: bytes) -> None:
@@ -168,6 +181,17 @@ def decode_member(name: str, raw: bytes) -> Any:
     if not isinstance(value, Tensor):
         raise ValueError(f"shard member {name!r} holds a {type(value).__name__}, not a tensor; encode its source again")
     return value
+
+
+def members_of(encoder: dict[str, str]) -> tuple[str, ...]:
+    """The extensions of a sample's members, in order, in a dataset that was made with these encoders."""
+    return (*MEMBERS, *(IMAGE_MEMBERS if "image_encoder" in encoder else ()))
+
+
+def first_frame_of(members: dict[str, Any]) -> FirstFrame | None:
+    """The first frame among a sample's decoded members, if it has one."""
+    embeds, latents = (members.get(kind) for kind in IMAGE_MEMBERS)
+    return None if embeds is None or latents is None else FirstFrame(latents, embeds)
 
 
 def read_members(key: str, raw: bytes) -> dict[str, Any]:

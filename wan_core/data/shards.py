@@ -35,6 +35,7 @@ from wan_core.records import EncodeRecord, ShardRecord
 
 SPLITS = ("train", "val", "test")
 END_OF_TAR = 2 * tarfile.BLOCKSIZE  # two blocks of zeros, then more up to a whole record
+ENCODER_NAME = "encoder.json"
 SOURCES_NAME = ".sources.json"  # shard -> what it was cut from; hidden, so no part of the record
 
 
@@ -87,7 +88,7 @@ def run(config: ShardConfig, encoded: EncodeRecord, output_dir: Path, earlier: P
         (output.path / SOURCES_NAME).write_text(json.dumps(sources))
         for name in ("empty_text.pt", "quarantine.jsonl"):
             shutil.copyfile(encoded.path / name, output.path / name)
-        (output.path / "encoder.json").write_text(json.dumps(encoded.encoder, indent=1, sort_keys=True))
+        (output.path / ENCODER_NAME).write_text(json.dumps(encoded.encoder, indent=1, sort_keys=True))
         counts = {split: sum(len(shard.rows) for shard in shards if shard.split == split) for split in SPLITS}
         return output.finish(
             ShardRecord, num_samples={split: n for split, n in counts.items() if n},

@@ -8,9 +8,10 @@ from itertools import cycle
 
 import torch
 
-from wan_core.config import STRICT, check
+from wan_core.config import IMAGE_LENGTH, STRICT, check
 from wan_core.data.batch import Pack, TrainingSample, random_seed
 from wan_core.data.stream import Position
+from wan_core.first_frame import FirstFrame
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SyntheticConfig:
     channels: int = 16
     text_dim: int = 4096
     text_length: int = 128
+    image_dim: int = 0  # above 0: with first frames, for image-to-video
     seed: int = 0
     __pydantic_config__ = STRICT
 
@@ -43,9 +45,13 @@ class SyntheticConfig:
         for index, shape in enumerate(self.shapes):
             latents = torch.randn(self.channels, *map(int, shape.split("x")), generator=generator)
             text = torch.randn(self.text_length, self.text_dim, generator=generator)
-            key = f"{number:08d}-{index}"
+            key, seed, frame = f"{number:08d}-{index}", random_seed(generator), None
+            if self.image_dim:
+                embeds = torch.randn(IMAGE_LENGTH, self.image_dim, generator=generator)
+                frame = FirstFrame(torch.randn(latents.shape, generator=generator), embeds)
             identity = {"__key__": key, "__restore_key__": (), "__subflavors__": {}}
-            samples.append(TrainingSample(**identity, latents=latents, text_embeds=text, seed=random_seed(generator)))
+            sample = TrainingSample(**identity, latents=latents, text_embeds=text, seed=seed, first_frame=frame)
+            samples.append(sample)
         return Pack.of(samples)
 
 

@@ -18,12 +18,14 @@ from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig
 from wan_core.data.clips import Clip
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
-from wan_core.digests import encoder_identity
+from wan_core.digests import encoder_identity, sees_images
 from wan_core.encode.decode import ClipError
 from wan_core.encode.feed import ahead, fetching, one_behind, pinned
+from wan_core.encode.image import ImageEncoder, load_image_encoder
 from wan_core.encode.text import TextEncoder, fault, load_text_encoder
 from wan_core.encode.vae import Vae, load_vae
 from wan_core.encode.video import read_clip
+from wan_core.first_frame import FirstFrame
 from wan_core.records import PartRecord
 
 ERROR_FRAMES = 4 * VAE_TEMPORAL_STRIDE + 1  # that a part's error is measured on: the reference is slow
@@ -43,6 +45,7 @@ class Encoders:
 
     vae: Vae
     text: TextEncoder
+    image: ImageEncoder | None  # an image-to-video model's
     identity: dict[str, str]
 
 
@@ -58,10 +61,11 @@ def halves(part: Part) -> tuple[Part, Part]:
 
 
 def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
-    """Load both encoders onto a device: once per worker process."""
+    """Load a model's encoders onto a device: once per worker process."""
     vae = load_vae(model, config.vae_dtype, device)
     text = load_text_encoder(model, getattr(torch, config.text_dtype), device)
-    return Encoders(vae, text, encoder_identity(model))
+    image = load_image_encoder(model, device) if sees_images(model) else None
+    return Encoders(vae, text, image, encoder_identity(model))
 
 
 def part_fingerprint(config: EncodeConfig, encoder: dict[str, str], keys: Sequence[str]) -> str:
@@ -148,12 +152,25 @@ class _PartEncoder:
         latents = fetching(self.encoders.vae.encode(video)[0])
         if self.error is None and self.config.vae_dtype != "float32":
             self.error = self.encoders.vae.error(video[:, :, :ERROR_FRAMES])
-        return partial(self._sample, clip, (frames.shape[0], frames.shape[1], frames.shape[2]), latents)
+        shape = (frames.shape[0], frames.shape[1], frames.shape[2])
+        return partial(self._sample, clip, shape, latents, self._first_frame(frames))
 
-    def _sample(self, clip: Clip, shape: tuple[int, int, int], latents: Callable[[], Tensor]) -> Sample | ClipError:
-        values = latents()  # [16, T, H, W]
+    def _first_frame(self, frames: Tensor) -> Callable[[], FirstFrame | None]:
+        if self.encoders.image is None:
+            return partial(_itself, None)
+        latents = fetching(self.encoders.vae.encode_first_frame(frames[0], len(frames)))
+        embeds = fetching(self.encoders.image.encode(frames[0].numpy()))
+        return lambda: FirstFrame(latents(), embeds())
+
+    def _sample(
+        self, clip: Clip, shape: tuple[int, int, int], latents: Callable[[], Tensor],
+        first_frame: Callable[[], FirstFrame | None],
+    ) -> Sample | ClipError:  # fmt: skip
+        values, frame = latents(), first_frame()  # values: [16, T, H, W]
         if not values.isfinite().all():
             return ClipError("latents are not finite")
+        if frame and not (frame.latents.isfinite().all() and frame.embeds.isfinite().all()):
+            return ClipError("latents or embeddings of the first frame are not finite")
         config = self.config
         info = ClipInfo(
             caption=clip.caption, digest=clip.digest, start_frame=clip.start_frame, end_frame=clip.end_frame,
@@ -161,7 +178,7 @@ class _PartEncoder:
             center_crop=config.center_crop, tiled=False, vae_dtype=config.vae_dtype, text_dtype=config.text_dtype,
             encoder=self.encoders.identity,
         )  # fmt: skip
-        return Sample(clip.key, values, self.text[clip.caption], info)
+        return Sample(clip.key, values, self.text[clip.caption], info, frame)
 
 
 def _itself(value: Any) -> Any:

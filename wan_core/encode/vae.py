@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wan_core.config import VAE_TEMPORAL_STRIDE
@@ -49,6 +50,19 @@ class Vae:
         video = video.to(self.model.device, non_blocking=True)
         mean = self.fast(video.permute(0, 2, 3, 4, 1)) if self.fast else self._reference(video)
         return (mean - self.mean) / self.std
+
+    def encode_first_frame(self, frame: Tensor, num_frames: int) -> Tensor:
+        """Latents of a video that is this frame, then grey: what image-to-video models are given.
+
+        Args:
+            frame: uint8 [H, W, 3].
+
+        Returns:
+            as `encode`, of one video without its batch dimension: [16, (num_frames - 1) / 4 + 1, H / 8, W / 8].
+        """
+        pixels = to_float(frame.to(self.model.device, non_blocking=True))
+        video = F.pad(pixels[None], (0, 0, 0, 0, 0, 0, 0, num_frames - 1))  # [T, H, W, 3]
+        return self.encode(video.permute(3, 0, 1, 2)[None])[0]
 
     @torch.no_grad()
     def error(self, video: Tensor) -> float:
