@@ -33,7 +33,7 @@ def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace
     good = load_promoted(run.root, config.name)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)
-    indexed = index(run, config.index, sharded)
+    indexed = index(run, config.index, sharded, model)
     if good and good.dataset == indexed.fingerprint:
         return Completed(name="Skipped", message=f"no new clips below {videos}")
     start = good.model if good else model

@@ -69,8 +69,7 @@ def _result_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 def _run_name() -> str:
-    folder: Path = prefect.runtime.task_run.parameters["target"].folder
-    return f"{folder.parent.name}/{folder.name}"
+    return f"{prefect.runtime.task_run.task_name}/{prefect.runtime.task_run.parameters['target'].folder.name}"
 
 
 def forget(folder: Path) -> None:

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from wan_core import presets
+from wan_core.config import PipelineConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("wan_core", "tasks", "flows")
@@ -124,3 +129,13 @@ def test_every_dependency_is_locked() -> None:
     names = {re.match(r"[\w.-]+", text)[0].lower().replace("_", "-") for text in wanted}  # type: ignore[index]
     locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
     assert names <= locked, f"not in requirements.lock: {sorted(names - locked)}; run infra/pin.sh"
+
+
+def test_the_demos_deployment_is_its_preset() -> None:
+    """`prefect.yaml` cannot call Python, so it spells out `presets.wan_demo`."""
+    items = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text("utf-8"))["deployments"]
+    configs = {(item["entrypoint"], item["name"]): item["parameters"]["config"] for item in items}
+    whole = configs["flows/end_to_end.py:end_to_end", "demo"]
+    assert TypeAdapter(PipelineConfig).validate_python(whole) == presets.get("wan_demo")
+    for stage in ("encode", "shard", "train", "sample", "evaluate"):
+        assert configs[f"flows/stages.py:{stage}", "demo"] == whole[stage]

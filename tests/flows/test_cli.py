@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import living, wait_until
+
 WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
 
 
@@ -90,26 +92,13 @@ cli.main()
         env={**outside, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OUTER_MARK": mark},
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    end = time.monotonic() + 400
-    while not (tmp_path / "ready").exists() and time.monotonic() < end and command.poll() is None:
-        time.sleep(0.2)
-    assert (tmp_path / "ready").exists()
-    assert len(_with_environment(f"OUTER_MARK={mark}")) >= 6  # the command, the server, torchrun, its rank, Ray
+    assert wait_until(lambda: (tmp_path / "ready").exists() or command.poll() is not None, 400)
+    assert command.poll() is None
+    assert len(living(f"OUTER_MARK={mark}")) >= 6  # the command, the server, torchrun, its rank, Ray
     for _ in range(2):  # the second finds it stopping
         os.killpg(command.pid, number)
         time.sleep(0.5)
     said = command.communicate(timeout=90)[1]
     assert command.returncode == 130, said
     assert "error: interrupted" in said and "Traceback" not in said
-    assert _with_environment(f"OUTER_MARK={mark}") == []
-
-
-def _with_environment(entry: str) -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if entry.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+    assert living(f"OUTER_MARK={mark}") == []

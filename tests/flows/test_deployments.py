@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 
 from flows.end_to_end import end_to_end
+from tasks.layout import newest
 from tasks.process import Process
+from tests.processes import living, wait_until
+from wan_core.checkpoints import latest
 from wan_core.encode.video import write_video
-from wan_core.records import EvaluateRecord, ShardRecord, load_record
+from wan_core.records import EvaluateRecord, ShardRecord, TrainRecord, load_record
+from wan_core.training_run import read_lines
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -85,19 +92,71 @@ def parameters(**values: Any) -> list[str]:
     return [text for name, value in values.items() for text in ("--param", f"{name}={json.dumps(value)}")]
 
 
-def test_end_to_end_then_only_the_shards_again(deployed: Path, videos: Path, tiny_model: Path, tmp_path: Path) -> None:
-    given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(tmp_path))
+@pytest.fixture(scope="module")
+def workspace(deployed: Path, videos: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `end-to-end` made."""
+    folder = tmp_path_factory.mktemp("workspace")
+    given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(folder))
     prefect("deployment", "run", "end-to-end/default", *given, "--watch")
-    (report,) = tmp_path.glob("evaluate/t-*")
-    assert load_record(EvaluateRecord, report).report.is_file()
-    (before,) = tmp_path.glob("shard/t-*")
+    return folder
 
-    again = parameters(config={"seed": 7, "val_share": 0.2}, name="t", workspace=str(tmp_path))
+
+def test_end_to_end_then_only_the_shards_again(workspace: Path) -> None:
+    (report,) = workspace.glob("evaluate/t-*")
+    assert load_record(EvaluateRecord, report).report.is_file()
+    (before,) = workspace.glob("shard/t-*")
+
+    again = parameters(config={"seed": 7, "val_share": 0.2}, name="t", workspace=str(workspace))
     prefect("deployment", "run", "shard/demo", *again, "--watch")
-    (after,) = set(tmp_path.glob("shard/t-*")) - {before}
+    (after,) = set(workspace.glob("shard/t-*")) - {before}
     assert load_record(ShardRecord, after).num_samples == load_record(ShardRecord, before).num_samples
 
-    written = [*deployed.rglob("*"), *tmp_path.rglob("*"), *Path(os.environ["PREFECT_HOME"]).rglob("*")]
+
+def test_a_parameter_makes_one_stage_and_what_depends_on_it_again(
+    workspace: Path, videos: Path, tiny_model: Path
+) -> None:
+    made = {path: path.stat().st_mtime_ns for path in workspace.glob("*/t-*/record.json")}
+    given = parameters(config=CONFIG, videos=str(videos), model=str(tiny_model), workspace=str(workspace))
+    prefect("deployment", "run", "end-to-end/default", *given, *parameters(refresh="sample"), "--watch")
+    changed = {path.parts[-3] for path, when in made.items() if path.stat().st_mtime_ns != when}
+    assert changed == {"sample", "evaluate"}
+
+
+def test_a_killed_rank_is_a_retry_that_goes_on_from_the_last_checkpoint(workspace: Path, tiny_model: Path) -> None:
+    overrides = [*CONFIG["train"]["overrides"], "train.train_iters=150", "checkpoint.save_interval=50"]
+    given = {
+        "config": {**CONFIG["train"], "overrides": overrides}, "launch": {}, "ray": {}, "name": "retried",
+        "model": str(tiny_model), "workspace": str(workspace), "dataset": str(newest(workspace, "index", "t")),
+    }  # fmt: skip
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("train/demo")
+        run = client.create_flow_run_from_deployment(deployment.id, parameters=given).id
+        assert wait_until(lambda: any(map(latest, workspace.glob("runs/retried-*/checkpoints"))))
+        (rank,) = living(f"HF_TOKEN={SECRETS['HF_TOKEN']}", b"-u\0-m\0wan_core.train")
+        os.kill(rank, signal.SIGKILL)
+        assert wait_until(lambda: client.read_flow_run(run).state.is_final())
+        assert client.read_flow_run(run).state.is_completed(), client.read_flow_run(run).state
+    (folder,) = workspace.glob("runs/retried-*")
+    steps = [line["iteration"] for line in read_lines(folder / "metrics.jsonl")]
+    assert load_record(TrainRecord, folder).iteration == steps[-1] == 150
+    (again,) = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
+    assert again in (51, 101)
+
+
+def test_a_secret_block_reaches_the_runs_environment(workspace: Path) -> None:
+    Secret(value=SECRETS["HF_TOKEN"] + "-in-a-block").save("hf-token")
+    given = {"config": {"seed": 8, "val_share": 0.2}, "name": "t", "workspace": str(workspace)}
+    variables = {"env": {"HF_TOKEN": "{{ prefect.blocks.secret.hf-token }}"}}
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("shard/demo")
+        run = client.create_flow_run_from_deployment(deployment.id, parameters=given, job_variables=variables).id
+        assert wait_until(lambda: living(f"HF_TOKEN={SECRETS['HF_TOKEN']}-in-a-block"))
+        assert wait_until(lambda: client.read_flow_run(run).state.is_final())
+        assert client.read_flow_run(run).state.is_completed(), client.read_flow_run(run).state
+
+
+def test_secrets_are_written_nowhere(deployed: Path, workspace: Path) -> None:
+    written = [*deployed.rglob("*"), *workspace.rglob("*"), *Path(os.environ["PREFECT_HOME"]).rglob("*")]
     texts = {path: path.read_bytes() for path in written if path.is_file()}
     assert any(path.name.startswith("prefect.db") for path in texts) and any(
         b"evaluate/t-" in t for t in texts.values()

@@ -17,6 +17,7 @@ from prefect import flow
 from tasks.encode import encode, encode_part
 from tasks.stage import Workspace
 from tasks.workers import EncodeWorker, WorkersLostError
+from tests.processes import living
 from wan_core.config import EncodeConfig, RayConfig, Size
 from wan_core.encode.part import Part
 from wan_core.encode.video import write_video
@@ -45,22 +46,9 @@ def encoded(root: Path, videos: Path, model: Path) -> Workspace:
     return run
 
 
-def workers(mark: str) -> list[int]:
-    """Ray's encode workers that inherited the mark from this process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if ours and b"ray::EncodeWorker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 def kill_first_worker(mark: str, killed: list[int]) -> None:
     while not killed:
-        for pid in workers(mark)[:1]:
+        for pid in living(f"{MARK}={mark}", b"ray::EncodeWorker")[:1]:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
         time.sleep(0.05)

@@ -27,7 +27,7 @@ def add_clips(folder: Path, numbers: range) -> None:
 def night(folder: Path, model: Path) -> tuple[str, Promoted]:
     """The state in which a night ended, and what is in use afterwards."""
     state: State = nightly_finetune(
-        config=CONFIG, videos=folder / "videos", model=model, workspace=folder / "work", return_state=True
+        config=CONFIG, videos=str(folder / "videos"), model=model, workspace=folder / "work", return_state=True
     )
     promoted = load_promoted(folder / "work", "t")
     assert promoted is not None, state

@@ -35,7 +35,8 @@ class Machine:
         return ["ip", "netns", "exec", self.name, *arguments]
 
     def start_ray(self, *arguments: str) -> None:
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.getcwd()}
+        path = f"{os.getcwd()}:{self.log.parent}"  # of all that Ray starts there: this project, the test's own modules
+        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}
         ray = str(Path(sys.executable).parent / "ray")
         common = ["--num-cpus=2", f"--node-ip-address={self.address}", "--object-store-memory=80000000", "--block"]
         self.ray = Process(self.command(ray, "start", *common, *arguments), environment, self.log)
