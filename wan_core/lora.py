@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.bridge.peft.dora import DoRA
 from megatron.bridge.peft.dora_layers import DoRALinear
 from megatron.bridge.peft.lora import LoRA
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from wan_core.config import check
+from wan_core.parallel import Parallel
 
 TARGETS = ("linear_qkv", "linear_q", "linear_kv", "linear_image_kv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -49,12 +52,32 @@ class WanDoRA(_Reproducible, DoRA):
         adapted = super().transform(m, name, prefix)
         if type(adapted) is DoRALinear:
             adapted.__class__ = FlatDoRALinear
+            adapted.spread()
         return adapted
 
 
 class FlatDoRALinear(DoRALinear):
-    """Bridge's, for activations [tokens, features] (it expects three dimensions) and layers with a bias (it scales
-    the bias with the weight, which the method and every reader of its checkpoints leave alone)."""
+    """Bridge's, for activations [tokens, features] (it expects three dimensions), layers with a bias (it scales the
+    bias with the weight, which the method and every reader of its checkpoints leave alone) and tensor parallelism
+    (where rows are split, it takes a part's length for the row's)."""
+
+    def spread(self) -> None:
+        """Tell Megatron how the lengths are shared, and start them at those of whole rows."""
+        magnitude = self.adapter.weight_magnitude
+        magnitude.data.copy_(self._get_weight_norm())
+        if self.adapter.input_is_parallel:  # all lengths on every rank, which may see its own tokens alone
+            magnitude.sequence_parallel = self.to_wrap.config.sequence_parallel  # type: ignore[attr-defined]
+        else:
+            set_tensor_model_parallel_attributes(magnitude, True, 0, 1)
+
+    def _get_weight_norm(self) -> Tensor:
+        norm: Tensor = super()._get_weight_norm()
+        parallel = Parallel.current()
+        if parallel.tp == 1 or not self.adapter.input_is_parallel:
+            return norm
+        squares = norm.float().square()
+        dist.all_reduce(squares, group=parallel.tp_group)
+        return squares.sqrt().to(norm.dtype)
 
     def forward(self, x: Tensor, *_: Any) -> tuple[Tensor, None]:
         out, _ = self.to_wrap(x)

@@ -25,6 +25,25 @@ from typing import Any
 PARTS = r"one|save|sp|ring|fsdp|i2v|full|selective|single|long|(tp|cp|pp|dp|packs)\d+"
 
 
+# What tests compare, on one host without a GPU.
+LAYOUTS = (
+    "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2",
+    "tp2-pp2-long", "tp2-sp-cp2-long",
+    "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
+)  # fmt: skip
+SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
+RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
+FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
+SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-fsdp-save")
+LOADED = (
+    "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
+    "load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
+)  # fmt: skip
+I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
+BASES = ("one-long", "single", "one-i2v")
+NAMES = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *SAVED, *LOADED)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the same training steps are spread over ranks and packs."""
@@ -93,6 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--fork", type=int, metavar="RANKS", help="start the ranks here instead of by torchrun")
+    parser.add_argument("--features", action="store_true", help="then the runs of tests.parallel.features")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     layouts = [Layout.of(name) for name in args.layouts.split(",")]
@@ -107,6 +127,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         worker.fork(Path(folder), layouts, args.out, args.steps, args.overrides)
+        if args.features:
+            from tests.parallel import features
+
+            features.fork(Path(folder), args.out / "features")
 
 
 if __name__ == "__main__":

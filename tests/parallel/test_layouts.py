@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.parallel.compare import Run, compare, module_errors, read_run
-from tests.parallel.layouts import Layout
+from tests.parallel.layouts import FSDP, I2V, LAYOUTS, LOADED, RECOMPUTED, SAVED, SELECTIVE, Layout
 from wan_core.architecture import Architecture
 from wan_core.convert.checkpoint import iteration_dir, read_weights
 from wan_core.convert.mapping import parameter_names, stays_float32, to_diffusers
@@ -22,38 +21,7 @@ from wan_core.model.model import WanModel
 from wan_core.parallel import layout
 
 ROOT = Path(__file__).parents[2]
-LAYOUTS = (
-    "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2",
-    "tp2-pp2-long", "tp2-sp-cp2-long",
-    "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
-)  # fmt: skip
-SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
-RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
-FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
-SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-fsdp-save")
-LOADED = (
-    "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
-    "load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
-)  # fmt: skip
-I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
-BASES = ("one-long", "single", "one-i2v")
-
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the results of all layouts."""
-    out = tmp_path_factory.mktemp("layouts")
-    names = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *SAVED, *LOADED)
-    command = [sys.executable, "-m", "tests.parallel.layouts", "--fork", "4", "--layouts", ",".join(names)]
-    with (out / "log.txt").open("w") as log:
-        result = subprocess.run(
-            [*command, "--out", str(out)], cwd=ROOT, stdout=log, stderr=log, timeout=900,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    assert result.returncode == 0, (out / "log.txt").read_text()[-8000:]
-    return out
 
 
 def found(runs: Path, name: str) -> Run:
