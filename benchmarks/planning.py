@@ -32,7 +32,7 @@ import pyarrow
 import pyarrow.parquet
 
 from wan_core import records
-from wan_core.config import EncodeConfig
+from wan_core.config import STORED_TEXTS, EncodeConfig
 from wan_core.encode import stage
 from wan_core.records import PartRecord
 
@@ -96,7 +96,7 @@ def make_parts(plan: stage.EncodePlan, output_dir: Path) -> None:
         folder.mkdir(parents=True)
         members = {f"{key}.{kind}": [0, 0] for key in keys for kind in ("json", "pickle", "pth")}
         (folder / "members.json").write_text(json.dumps(members))
-        for name in ("part.tar", "quarantine.jsonl", "empty_text.pt"):
+        for name in ("part.tar", "quarantine.jsonl", *STORED_TEXTS):
             (folder / name).touch()
         wanted = stage._part_fingerprint(CONFIG, ENCODER, keys)
         output = records.StageOutput("encode", folder, folder, CONFIG, wanted)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from wan_core import records
-from wan_core.config import EncodeConfig, ShardConfig
+from wan_core.config import STORED_TEXTS, EncodeConfig, ShardConfig
 from wan_core.data import shards
 from wan_core.data.parts import StoredSamples
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
@@ -76,7 +76,8 @@ def make_lists(folder: Path, num_clips: int) -> EncodeRecord:
 
 def finish(folder: Path, lines: list[str]) -> EncodeRecord:
     (folder / "clips.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "empty_text.pt").write_bytes(saved(torch.ones(1, 4096)))
+    for name in STORED_TEXTS:
+        (folder / name).write_bytes(saved(torch.ones(1, 4096)))
     (folder / "quarantine.jsonl").touch()
     record = EncodeRecord(
         stage="encode", path=folder, fingerprint="0" * 64, config=records.identity(EncodeConfig()),

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from wan_core.flow_matching import (
     FlowMatchingConfig,
     add_noise,
     draw_sigmas,
     interpolate,
+    loss_weights,
     shift_sigmas,
     sigmas_from_uniform,
     stratified_seed,
@@ -67,6 +69,34 @@ def test_mode_density() -> None:
     expected = 1 - u - 1.29 * (math.cos(math.pi / 2 * u) ** 2 - 1 + u)
     found = sigmas_from_uniform(config, torch.tensor([u], dtype=torch.float64), torch.ones(1))
     assert abs(found.item() - expected) < 1e-12
+
+
+def test_mode_density_is_diffusers() -> None:
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(3))
+    expected = compute_density_for_timestep_sampling(
+        "mode", 64, mode_scale=0.8, generator=torch.Generator().manual_seed(3)
+    )
+    config = FlowMatchingConfig(density="mode", mode_scale=0.8, shift=1.0)
+    torch.testing.assert_close(sigmas_from_uniform(config, uniform.double(), torch.ones(64)).float(), expected)
+
+
+def test_logit_normal_density_is_diffusers() -> None:
+    """By its quantiles, as diffusers draws from the normal distribution directly."""
+    drawn = compute_density_for_timestep_sampling(
+        "logit_normal", 100_000, logit_mean=0.3, logit_std=1.2, generator=torch.Generator().manual_seed(3)
+    )
+    config = FlowMatchingConfig(density="logit_normal", logit_mean=0.3, logit_std=1.2, shift=1.0)
+    places = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    found = sigmas_from_uniform(config, places, torch.ones(5)).float()
+    torch.testing.assert_close(found, drawn.quantile(places.float()), rtol=0, atol=5e-3)
+
+
+def test_weighting_is_diffusers() -> None:
+    sigmas = torch.tensor([0.2, 0.35, 0.8, 1.0])
+    for weighting in ("none", "sigma_sqrt"):
+        config = FlowMatchingConfig(weighting=weighting)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss_weights(config, sigmas), compute_loss_weighting_for_sd3(weighting, sigmas))
+    assert loss_weights(FlowMatchingConfig(weighting="sigma_sqrt"), torch.tensor([0.01])) == pytest.approx(25)
 
 
 def test_shift_moves_the_median() -> None:

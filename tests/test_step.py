@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from wan_core.config import IMAGE_LENGTH
 from wan_core.data.batch import Pack, TrainingSample
@@ -14,7 +16,7 @@ from wan_core.data.synthetic import SyntheticConfig
 from wan_core.flow_matching import FlowMatchingConfig, add_noise
 from wan_core.parallel import Parallel
 from wan_core.patch import patchify, patchify_output
-from wan_core.step import prepare
+from wan_core.step import prepare, reduce_loss
 
 CPU = torch.device("cpu")
 
@@ -42,6 +44,25 @@ def test_equal_shapes_together_are_the_samples_one_by_one(pack: Pack) -> None:
     assert torch.equal(inputs.target, torch.cat([patchify_output(n.velocity) for n in noised]))
     assert torch.equal(inputs.timesteps, torch.stack([n.sigma for n in noised]).double() * 1000)
     assert len(set(inputs.timesteps.tolist())) == 7  # each sample has its own
+
+
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt"])
+def test_the_loss_is_the_mean_over_real_tokens(pack: Pack, weighting: Literal["none", "sigma_sqrt"]) -> None:
+    """Of mean squared errors of the samples, each as often as it has tokens; whatever the padding predicts."""
+    config = FlowMatchingConfig(weighting=weighting)
+    parts = [prepare(pack, config, Parallel(cp=3, cp_rank=rank), CPU) for rank in range(3)]
+    assert parts[0].packing.num_tokens > parts[0].packing.num_real_tokens
+    predicted = torch.randn(parts[0].packing.num_tokens, 64, generator=torch.Generator().manual_seed(1))
+    shares = [reduce_loss(part, share) for part, share in zip(parts, predicted.chunk(3), strict=True)]
+    found = sum(loss for loss, _, _ in shares) / sum(count for _, count, _ in shares)
+    noised = [add_noise(config, latents, seed) for latents, seed in zip(pack.latents, pack.seeds, strict=True)]
+    expected, begin = torch.zeros(()), 0
+    for sample in noised:
+        target = patchify_output(sample.velocity)
+        error = F.mse_loss(predicted[begin : begin + len(target)], target)
+        expected += len(target) * error * (sample.sigma.clamp(min=0.2) ** -2 if weighting == "sigma_sqrt" else 1)
+        begin += len(target)
+    torch.testing.assert_close(found, expected / begin)
 
 
 def test_a_pack_passes_between_processes_whole(pack: Pack) -> None:

@@ -30,6 +30,8 @@ from wan_core.data.stream import Position
 from wan_core.model.config import architecture_fields
 
 register_allowed_target_prefix("wan_core.")  # Bridge builds no other classes by name
+# Bridge writes run_config.yaml with every checkpoint: 0.5 s by PyYAML's own writer, while all ranks wait.
+yaml.SafeDumper = yaml.CSafeDumper  # type: ignore[misc, assignment]
 
 
 @dataclass(kw_only=True)
@@ -171,7 +173,7 @@ class Resume(Callback):
         loaded = checkpoints.read_state(loaded_folder(config.checkpoint, done.step)) if done.step else {}
         # Without a place in the data (a checkpoint of Bridge's own) the stream is packed anew up to that pack.
         place = loaded.get("data", {"pack": done.consumed_train_samples})
-        config.dataset.start = Position(**place)
+        config.dataset.go_on_from(Position(**place))
         context.user_state["loaded"] = loaded
         context.user_state.setdefault("saved", {})["data"] = lambda: dataclasses.asdict(config.dataset.loader.position)
 

@@ -13,6 +13,7 @@ from wan_core.architecture import Architecture
 from wan_core.config import check
 from wan_core.data.loader import LoaderConfig, ValidationPlan, sources, train_loader
 from wan_core.data.shards import ENCODER_NAME
+from wan_core.data.steps import BatchUnit, check_place
 from wan_core.data.stream import Position
 from wan_core.data.synthetic import SyntheticConfig, SyntheticLoader, SyntheticValidation
 from wan_core.data.table import SampleTable
@@ -27,8 +28,11 @@ class WanDatasetProvider(DatasetProvider):
     tokens_per_pack: int = 37440
     packing_buffer_size: int = 512  # samples among which packs are filled
     caption_dropout: float = 0.1  # taken from flow_matching.caption_dropout
+    dropped_caption: str = "empty"  # taken from flow_matching.dropped_caption
     seed: int = 1234  # taken from rng.seed
     stratified: bool = False  # taken from flow_matching.stratified
+    batch_unit: BatchUnit = "packs"  # what train.global_batch_size counts
+    batch_size: int = 1  # taken from train.global_batch_size
     validation_sigmas: tuple[float, ...] = ()  # taken from the validation section, as the next two
     validation_samples: int = 0
     validation_packs_per_step: int = 1
@@ -48,11 +52,16 @@ class WanDatasetProvider(DatasetProvider):
         check(self.path is not None, "no dataset: give dataset.path=DIR (the index stage's output), or --mock")
         return LoaderConfig(
             str(self.path), self.tokens_per_pack, self.packing_buffer_size, self.caption_dropout, self.num_workers,
-            self.seed, self.stratified,
+            self.seed, self.stratified, self.batch_unit, self.batch_size,
+            self.dropped_caption,
         )  # fmt: skip
 
     def check(self, architecture: Architecture) -> None:
         """Raises `ValueError` where there is no training data for a model to find, before anything slow begins."""
+        check(
+            not self.mock or self.batch_unit == "packs",
+            f"dataset.batch_unit={self.batch_unit} needs a dataset; --mock makes whole packs, so set packs",
+        )
         if not self.mock:
             for folder, _ in sources(Path(self.loader_config().path), "train"):
                 SampleTable.read(folder, "train")
@@ -71,6 +80,11 @@ class WanDatasetProvider(DatasetProvider):
         if self.mock:
             return -(-self.validation_samples // self.validation_packs_per_step) * self.validation_packs_per_step
         return len(self.validation_plan().packs)
+
+    def go_on_from(self, place: Position) -> None:
+        """Start training at a place in the data; raises `ValueError` where it was counted otherwise."""
+        check_place(place, self.batch_unit)
+        self.start = place
 
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, Any, Any]:
         """Train and validation iterators of this data-parallel rank.

@@ -33,7 +33,8 @@ class FlowMatchingConfig:
     shift: float = 3.0
     stratified: bool = False  # spread consecutive samples evenly over the noise levels, see `stratified_seed`
     weighting: Literal["none", "sigma_sqrt"] = "none"
-    caption_dropout: float = 0.1  # share of samples trained on the empty caption; guidance needs it
+    caption_dropout: float = 0.1  # share of samples trained on another caption than theirs; guidance needs it
+    dropped_caption: Literal["empty", "negative"] = "empty"  # or the negative prompt of the encode stage
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:

@@ -35,10 +35,12 @@ class MetricsLog(Callback):
         # Bridge's own line and memory table are made for language models; its TensorBoard log goes on.
         config.logger.log_interval = sys.maxsize
         self.totals = torch.zeros(4, dtype=torch.float64)  # tokens, squared lengths, samples, packs since the last line
+        self.steps = 0  # since the last line
         self.consumed = 0
         self.since = time.perf_counter()
 
     def on_train_start(self, context: CallbackContext) -> None:
+        loggers(context.state)  # which connect now: what fails does so before a step was taken
         self.since = time.perf_counter()
         step = context.state.train_state.step
         if step and self.path.exists():
@@ -48,8 +50,8 @@ class MetricsLog(Callback):
     def on_train_step_end(self, context: CallbackContext) -> None:
         state, parallel = context.state, Parallel.current()
         samples = state._flops_cross_seqlen_sum / TEXT_LENGTH
-        packs = self.config.train.global_batch_size / parallel.dp
-        self.totals += torch.tensor([state._flops_seqlen_sum, state._flops_seqlen_sq_sum, samples, packs])
+        self.totals += torch.tensor([state._flops_seqlen_sum, state._flops_seqlen_sq_sum, samples, self.step.num_packs])
+        self.step.num_packs, self.steps = 0, self.steps + 1
         iteration, last = state.train_state.step + 1, self.config.train.train_iters
         if iteration % self.interval and iteration != last:
             return
@@ -58,20 +60,22 @@ class MetricsLog(Callback):
         self.totals.zero_()
         seconds, waited = time.perf_counter() - self.since, self.step.data_seconds
         self.since, self.step.data_seconds = time.perf_counter(), 0.0
+        steps, self.steps = self.steps, 0
         self.consumed += round(totals[2].item())
         if not parallel.is_last_stage:
             return
-        metrics = self._metrics(context, iteration, totals.tolist(), seconds, waited)
+        metrics = self._metrics(context, iteration, totals.tolist(), steps, seconds, waited)
         if parallel.tp_rank == parallel.cp_rank == parallel.dp_rank == 0:
             append_line(self.path, metrics)
             print(line(metrics), flush=True)
         log(state, metrics)
 
     def _metrics(
-        self, context: CallbackContext, iteration: int, totals: list[float], seconds: float, waited: float
-    ) -> Metrics:
+        self, context: CallbackContext, iteration: int, totals: list[float], steps: int, seconds: float,
+        waited: float,
+    ) -> Metrics:  # fmt: skip
         tokens, squares, samples, packs = totals
-        ranks, steps = dist.get_world_size(), packs / self.config.train.global_batch_size
+        ranks = dist.get_world_size()
         flops = self.config.model._get_num_floating_point_operations_with_runtime_stats(
             0, int(tokens), int(squares), int(samples * TEXT_LENGTH), None
         )
@@ -102,6 +106,11 @@ def line(m: Metrics) -> str:
     )
 
 
+def loggers(state: Any) -> tuple[Any, Any, Any]:
+    """TensorBoard's, W&B's and MLflow's, made when first asked for; None where not configured, or on other ranks."""
+    return state.tensorboard_logger, state.wandb_logger, state.mlflow_logger
+
+
 def log(state: Any, metrics: Metrics) -> None:
     """To whichever of Bridge's loggers this rank holds."""
     hidden = (
@@ -113,10 +122,11 @@ def log(state: Any, metrics: Metrics) -> None:
     )  # Bridge logs these
     values = dataclasses.asdict(metrics)
     values = {f"wan/{name}": value for name, value in values.items() if name not in hidden and value is not None}
-    if state.tensorboard_logger:
+    tensorboard, wandb, mlflow = loggers(state)
+    if tensorboard:
         for name, value in values.items():
-            state.tensorboard_logger.add_scalar(name, value, metrics.iteration)
-    if state.wandb_logger:
-        state.wandb_logger.log(values, metrics.iteration)
-    if state.mlflow_logger:
-        state.mlflow_logger.log_metrics(values, step=metrics.iteration)
+            tensorboard.add_scalar(name, value, metrics.iteration)
+    if wandb:
+        wandb.log(values, metrics.iteration)
+    if mlflow:
+        mlflow.log_metrics(values, step=metrics.iteration)

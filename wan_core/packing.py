@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -157,3 +158,24 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]
         packs[slot].append(index)
         room[slot] -= lengths[index]
     return packs
+
+
+def spread(lengths: Sequence[int], budget: int, multiple: int) -> list[list[int]]:
+    """Spread samples over packs of about equal length: the fewest, a multiple of `multiple`, that keep to the budget.
+
+    Longest first, each into the emptiest pack. No length may exceed the budget; packs are empty where samples are few.
+
+    Returns:
+        Indices into `lengths`, one list per pack.
+    """
+    count = multiple * max(1, -(-sum(lengths) // (budget * multiple)))
+    while True:
+        packs: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, slot) for slot in range(count)]
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            load, slot = loads[0]
+            packs[slot].append(index)
+            heapq.heapreplace(loads, (load + lengths[index], slot))
+        if max(loads)[0] <= budget:
+            return packs
+        count += multiple

@@ -5,13 +5,10 @@ Order: defaults here, the mode's flow-matching preset, the recipe's YAML, the us
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
+import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -36,6 +33,7 @@ from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
 from wan_core.lora import LoraConfig
 from wan_core.model.provider import WanProvider
+from wan_core.overrides import apply_override
 from wan_core.stability import StabilityConfig
 from wan_core.training_samples import SamplesConfig
 from wan_core.validation import WanValidationConfig
@@ -60,25 +58,40 @@ class WanConfigContainer(ConfigContainer):
         """
         self.dataset.caption_dropout, self.dataset.seed = self.flow_matching.caption_dropout, self.rng.seed
         self.dataset.stratified = self.flow_matching.stratified
+        self.dataset.dropped_caption = self.flow_matching.dropped_caption
+        self.dataset.batch_size = self.train.global_batch_size
         validation = self.validation
         if not validation.eval_interval:
             return
         validation.check()
-        if validation.eval_global_batch_size is None:
-            validation.eval_global_batch_size = self.train.global_batch_size
+        if validation.eval_global_batch_size is None:  # packs, whatever training counts
+            in_packs = self.dataset.batch_unit == "packs"
+            validation.eval_global_batch_size = self.train.global_batch_size if in_packs else self.data_ranks
         self.dataset.validation_sigmas = validation.sigmas
         self.dataset.validation_samples = validation.max_samples
         self.dataset.validation_packs_per_step = validation.eval_global_batch_size
         validation.eval_iters = self.dataset.num_validation_packs // validation.eval_global_batch_size
 
+    @property
+    def data_ranks(self) -> int:
+        """Data-parallel ranks that the layout leaves."""
+        return int(self.get_data_parallel_size(int(os.environ.get("WORLD_SIZE", 1))))
+
     def validate(self) -> None:
         """Bridge's checks, and those of packing.
 
         Raises:
-            ValueError: a micro-batch of more than one pack.
+            ValueError: a micro-batch of more than one pack, or a batch that does not divide over the ranks.
         """
         size = self.train.micro_batch_size
         check(size == 1, f"train.micro_batch_size={size}, but a micro-batch is one pack; set it to 1")
+        size, ranks = self.train.global_batch_size, self.data_ranks
+        near = max(ranks, size // ranks * ranks)
+        check(
+            size >= 1 and size % ranks == 0,
+            f"train.global_batch_size={size} {self.dataset.batch_unit} do not divide over {ranks} data-parallel ranks; "
+            f"choose {near} or {near + ranks}",
+        )
         super().validate()
 
 
@@ -132,6 +145,9 @@ def build(
         given.append((key.strip(), yaml.safe_load(value)))
     for key, value in given:
         apply_override(container, key, value)
+    if "logger.tensorboard_log_interval" not in dict(given):  # of Bridge's curves: loss, learning rate, gradient norm
+        container.logger.tensorboard_log_interval = container.logger.log_interval
+    name_loggers(container.logger, run_dir)
     configure_fsdp(container, {key for key, _ in given})
     if container.lora.dim:
         check(
@@ -152,6 +168,25 @@ def build(
     if container.dataset.path is not None or mock:
         container.fill_in()
     return container
+
+
+def name_loggers(logger: LoggerConfig, run_dir: Path | None) -> None:
+    """Weights & Biases' and MLflow's runs are called as the run folder, where the user gives no other name.
+
+    Raises:
+        ValueError: the package that a key asks for is not installed.
+    """
+    for key, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+        check(
+            getattr(logger, key) is None or find_spec(package) is not None,
+            f"logger.{key}={getattr(logger, key)} needs the package {package}, which is not installed; install it "
+            f"(uv pip install {package}), or leave the key out",
+        )
+    if run_dir is not None and logger.wandb_project:
+        logger.wandb_exp_name = logger.wandb_exp_name or run_dir.name
+        logger.wandb_save_dir = logger.wandb_save_dir or str(run_dir)
+    if run_dir is not None and logger.mlflow_experiment:
+        logger.mlflow_run_name = logger.mlflow_run_name or run_dir.name
 
 
 def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContainer:
@@ -183,7 +218,10 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
             check_for_nan_in_grad=False,  # it ends the run on the spot; the stability section decides instead
         ),
         dataset=WanDatasetProvider(),
-        logger=LoggerConfig(log_interval=10, log_timers_to_tensorboard=False, tensorboard_log_interval=10),
+        logger=LoggerConfig(
+            log_interval=10, log_timers_to_tensorboard=False,
+            mlflow_log_artifacts=False,  # it would upload every checkpoint, while training waits
+        ),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1),
         checkpoint=WanCheckpointConfig(
             save_interval=1000, ckpt_format="torch_dist", async_save=False, fully_parallel_save=True,
@@ -193,67 +231,3 @@ def defaults(architecture: Architecture, config: TrainConfig) -> WanConfigContai
         dist=DistributedInitConfig(distributed_backend="nccl" if cuda else "gloo", use_gloo_process_groups=True),
         mixed_precision=bf16_mixed() if cuda else None,
     )  # fmt: skip
-
-
-def apply_override(container: Any, key: str, value: Any) -> None:
-    """Set `section.field` (any depth) to a value that fits the field's type.
-
-    Raises:
-        ValueError: the key is unknown (the nearest one is named), or the value does not fit.
-    """
-    *path, name = key.split(".")
-    owners = [container]
-    for part in path:
-        _check_key(owners[-1], part, key)
-        owners.append(getattr(owners[-1], part))
-    _check_key(owners[-1], name, key)
-    value = _fitting(owners[-1], name, key, value)
-    for owner, attribute in zip(reversed(owners), reversed([*path, name]), strict=True):
-        if not owner.__dataclass_params__.frozen:
-            setattr(owner, attribute, value)
-            return
-        value = dataclasses.replace(owner, **{attribute: value})  # checks it again
-
-
-def _check_key(owner: Any, name: str, key: str) -> None:
-    known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {key.replace(name, near[0])}?" if near else f"choose one of {', '.join(known[:12])} ..."
-    raise ValueError(f"unknown key {key!r}: {type(owner).__name__} has no field {name!r}; {hint}")
-
-
-def _fitting(owner: Any, name: str, key: str, value: Any) -> Any:
-    """The value in the field's own type: int to float, list to tuple, "bf16" to torch.bfloat16."""
-    current = getattr(owner, name)
-    if isinstance(current, torch.dtype) and isinstance(value, str):
-        dtype = getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}.get(value, value), None)
-        check(isinstance(dtype, torch.dtype), f"{key}={value!r} is not a dtype; write bfloat16 or float32")
-        return dtype
-    if isinstance(value, list) and isinstance(current, tuple):
-        value = tuple(value)
-    if isinstance(value, str) and isinstance(current, float):  # YAML reads 1e-4 as text
-        try:
-            value = float(value)
-        except ValueError:
-            raise ValueError(f"{key}={value!r} is not a number; the present value is {current}") from None
-    if isinstance(value, int) and isinstance(current, float) and not isinstance(value, bool):
-        value = float(value)
-    hint = typing.get_type_hints(type(owner)).get(name, Any)
-    plain = _plain_types(hint)
-    fits = not plain or (type(value) in plain)
-    names = ", ".join(sorted(t.__name__ for t in plain))
-    check(
-        fits,
-        f"{key}={value!r} is {type(value).__name__}, but the field takes {names}; the present value is {current!r}",
-    )
-    return value
-
-
-def _plain_types(hint: Any) -> set[type]:
-    """The plain types that a field's annotation admits; empty where it names others, too."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = [_plain_types(part) for part in typing.get_args(hint)]
-        return set().union(*parts) if all(parts) else set()
-    return {hint} if hint in (int, float, bool, str, type(None)) else set()

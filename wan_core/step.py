@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -120,12 +121,14 @@ def level_name(sigma: float) -> str:
     return f"loss at sigma {sigma:g}"
 
 
-def count_flops(state: Any, packing: Packing) -> None:
+def count_flops(state: Any, packing: Packing, counts: bool) -> None:
     """Add a pack to what Bridge's throughput log counts: tokens, squared lengths, text positions."""
+    state._flops_requires_global_reduce = True  # on every rank, also on one whose packs do not count
+    if not counts:
+        return
     state._flops_seqlen_sum += packing.num_real_tokens
     state._flops_seqlen_sq_sum += sum(length**2 for length in packing.lengths)
     state._flops_cross_seqlen_sum += TEXT_LENGTH * packing.num_samples
-    state._flops_requires_global_reduce = True
 
 
 class WanStep:
@@ -133,7 +136,8 @@ class WanStep:
 
     def __init__(self, flow_matching: FlowMatchingConfig, validation_sigmas: Sequence[float] = ()) -> None:
         self.flow_matching, self.validation_sigmas = flow_matching, validation_sigmas
-        self.data_seconds = 0.0  # spent waiting for packs, until somebody resets it
+        self.data_seconds = 0.0  # spent waiting for packs, until somebody resets it, as the next
+        self.num_packs = 0  # that this rank has trained on
         self.begin()
 
     def begin(self) -> None:
@@ -150,9 +154,27 @@ class WanStep:
         inputs, predicted = forward(pack, model, self.flow_matching)
         if not model.training:
             return predicted, partial(reduce_validation_loss, self.validation_sigmas, inputs)
-        count_flops(state, inputs.packing)
-        self.keys += pack.keys
+        self.num_packs += 1
+        self.keys += pack.keys if pack.counts else []
+        count_flops(state, inputs.packing, pack.counts)
         return predicted, partial(self._reduce_loss, inputs)
+
+    def schedule(self, dataset: Any, **sizes: Any) -> Callable[..., Any]:
+        """Megatron's schedule. Where steps count samples or tokens, how many packs one has is known when it comes.
+
+        Bridge goes on counting `train.global_batch_size` a step, so learning rate and consumed samples are right.
+        """
+        run = get_forward_backward_func(**sizes)
+        if dataset.batch_unit == "packs":
+            return run
+
+        def run_step(*, num_microbatches: int, **arguments: Any) -> Any:
+            begin = time.perf_counter()
+            num_packs = dataset.loader.packs_in_step()
+            self.data_seconds += time.perf_counter() - begin
+            return run(num_microbatches=num_packs, **arguments)
+
+        return run_step
 
     def _reduce_loss(self, inputs: StepInputs, predicted: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = reduce_loss(inputs, predicted)

@@ -13,6 +13,7 @@ from pathlib import Path
 import megatron.bridge.training.eval as bridge_eval
 import megatron.bridge.training.initialize as bridge_initialize
 import megatron.bridge.training.setup as bridge_setup
+import megatron.bridge.training.train as bridge_train
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.pretrain import pretrain
 
@@ -122,6 +123,7 @@ def run(
             bridge_setup._apply_peft_transformation, cfg.peft
         )
     checkpoint, step = container.checkpoint, WanStep(container.flow_matching, container.validation.sigmas)
+    bridge_train.get_forward_backward_func = partial(step.schedule, container.dataset)
     with (
         readable(checkpoint.load, checkpoint.ckpt_format) as checkpoint.load,
         readable(checkpoint.pretrained_checkpoint, checkpoint.ckpt_format) as checkpoint.pretrained_checkpoint,

@@ -72,7 +72,7 @@ def test_energon_reads_every_split_of_the_indexed_folder(sharded: ShardRecord, t
 
 def test_shards_are_linked_and_a_second_run_is_a_hit(sharded: ShardRecord, tmp_path: Path) -> None:
     record = index.run(IndexConfig(), sharded, tmp_path / "index")
-    for name in (*sharded.shards, "empty_text.pt", "encoder.json"):
+    for name in (*sharded.shards, "empty_text.pt", "negative_text.pt", "encoder.json"):
         assert os.path.samefile(sharded.path / name, record.path / name)
     assert record.fingerprint == index.stage_fingerprint(IndexConfig(workers=9), sharded)
     assert index.run(IndexConfig(workers=9), sharded, tmp_path / "index") == record

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.resume.data import make_dataset
+from tests.resume.data import TEXT_DIM, make_dataset
 from wan_core.data import blend
-from wan_core.data.loader import LoaderConfig, PackLoader, ValidationPlan, train_loader
+from wan_core.data.loader import LoaderConfig, PackLoader, ValidationPlan, dropped_text, train_loader
 from wan_core.data.stream import Draw, PackStream, Position
 from wan_core.data.table import SampleTable
 
@@ -74,6 +74,21 @@ def test_captions_are_dropped_at_their_share(dataset: Path) -> None:
     assert abs(sum(length == 1 for length in lengths) / len(lengths) - 0.3) < 0.06
 
 
+def test_dropped_captions_may_become_the_negative_prompt(dataset: Path, tmp_path: Path) -> None:
+    loader = train_loader(replace(config(dataset), dropped_caption="negative"), 0, 1, Position())
+    plain = train_loader(config(dataset), 0, 1, Position())
+    dropped = 0
+    for pack, other in ((next(loader), next(plain)) for _ in range(40)):
+        for text, same in zip(pack.text_embeds, other.text_embeds, strict=True):
+            assert torch.equal(text, torch.ones(2, TEXT_DIM) if same.shape[0] == 1 else same)
+            dropped += same.shape[0] == 1
+    assert dropped > 5
+    with pytest.raises(
+        ValueError, match=r"negative_text.pt does not exist, which .* set flow_matching.dropped_caption"
+    ):
+        dropped_text(tmp_path, "negative")
+
+
 def test_workers_change_nothing(dataset: Path) -> None:
     loader = train_loader(config(dataset, num_workers=2), 1, 2, Position())
     assert turns(loader, 9) == turns(train_loader(config(dataset), 1, 2, Position()), 9)
@@ -95,9 +110,13 @@ def test_reading_draws_nothing_from_torchs_generator(dataset: Path) -> None:
 def test_a_dead_worker_is_an_error(dataset: Path) -> None:
     loader = train_loader(config(dataset, num_workers=1), 0, 1, Position())
     turns(loader, 1)
-    os.kill(loader._packs._workers[0].pid, signal.SIGKILL)  # type: ignore[union-attr]
+    worker = loader._packs._workers[0]  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match=r"DataLoader worker.*(killed|exited)"):
-        turns(loader, 50)
+        os.kill(worker.pid, signal.SIGKILL)
+        try:
+            turns(loader, 50)
+        finally:
+            worker.join()  # torch raises out of a signal handler, which must not happen behind this block
 
 
 def test_a_damaged_sample_is_a_sentence(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from tests.data.test_samples import INFO
 from wan_core import records
-from wan_core.config import EncodeConfig, ShardConfig
+from wan_core.config import STORED_TEXTS, EncodeConfig, ShardConfig
 from wan_core.data import shards
 from wan_core.data.samples import Sample, saved, write_sample
 from wan_core.records import EncodeRecord, ShardRecord
@@ -41,7 +41,8 @@ def add_parts(folder: Path, groups: list[range], per_file: int = 1) -> EncodeRec
         with tarfile.open(part / "part.tar") as tar:
             (part / "members.json").write_text(json.dumps({m.name: [m.offset_data, m.size] for m in tar}))
     clips.write_text("\n".join(lines) + "\n")
-    (folder / "empty_text.pt").write_bytes(saved(torch.ones(1, 8)))
+    for name in STORED_TEXTS:
+        (folder / name).write_bytes(saved(torch.ones(1, 8)))
     (folder / "quarantine.jsonl").write_text('{"path": "bad.mp4", "reason": "too short: 3 frames"}\n')
     num_samples, parts = len(lines), tuple(sorted((folder / "parts").iterdir()))
     return records.StageOutput("encode", folder, folder, EncodeConfig(), records.digest(num_samples)).finish(
@@ -78,7 +79,8 @@ def test_every_sample_lands_once_with_its_bytes(tmp_path: Path) -> None:
     assert written == original
     assert sum(record.num_samples.values()) == 40 and set(record.num_samples) == {"train", "val", "test"}
     assert json.loads((record.path / "encoder.json").read_text()) == encoded.encoder
-    assert (record.path / "empty_text.pt").read_bytes() == (encoded.path / "empty_text.pt").read_bytes()
+    for name in STORED_TEXTS:
+        assert (record.path / name).read_bytes() == (encoded.path / name).read_bytes()
 
 
 def test_order_is_shuffled_by_seed_and_independent_of_parts(tmp_path: Path) -> None:

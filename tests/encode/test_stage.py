@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_core.config import EncodeConfig, ShardConfig, Size
+from wan_core.config import STORED_TEXTS, EncodeConfig, ShardConfig, Size
 from wan_core.data import shards
 from wan_core.data.samples import decode_member
 from wan_core.encode import stage
@@ -95,8 +95,8 @@ def test_samples_hold_what_the_encoders_give(videos: Path, tiny_model: Path, tmp
         assert info["caption"] == line["caption"] and info["digest"] == line["digest"]
         assert (info["frames"], info["height"], info["width"]) == frames.shape[:3]
         assert info["encoder"] == record.encoder
-    empty = torch.load(record.path / "empty_text.pt", weights_only=True)
-    assert torch.equal(empty, text.encode([""])[0])
+    for name, caption in zip(STORED_TEXTS, ("", CONFIG.negative_prompt), strict=True):
+        assert torch.equal(torch.load(record.path / name, weights_only=True), text.encode([caption])[0])
 
 
 def test_bad_clips_are_quarantined_and_the_rest_completes(videos: Path, tiny_model: Path, tmp_path: Path) -> None:

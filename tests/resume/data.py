@@ -59,6 +59,7 @@ def make_dataset(
     (part / "members.json").write_text(json.dumps(members))
     (folder / "encode" / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "encode" / "empty_text.pt").write_bytes(saved(torch.zeros(1, text_dim)))
+    (folder / "encode" / "negative_text.pt").write_bytes(saved(torch.ones(2, text_dim)))
     (folder / "encode" / "quarantine.jsonl").touch()
     encoded = records.StageOutput("encode", folder / "encode", folder / "encode", EncodeConfig(), "0" * 64).finish(
         EncodeRecord, parts=(part,), num_clips=num_clips, num_quarantined=0, encoder=encoder

@@ -11,6 +11,7 @@ from wan_core.config.base import (
     PATCH_SIZE,
     SIZE_MULTIPLE,
     STAGES,
+    STORED_TEXTS,
     STRICT,
     TEXT_LENGTH,
     VAE_SPATIAL_STRIDE,
@@ -35,8 +36,8 @@ from wan_core.config.model import (
 from wan_core.config.pipeline import LaunchConfig, PipelineConfig, RayConfig
 
 __all__ = [
-    "IMAGE_LENGTH", "NEGATIVE_PROMPT", "PATCH_SIZE", "RESUMABLE_KEYS", "SIZE_MULTIPLE", "STAGES", "STRICT",
-    "TEXT_LENGTH", "VAE_SPATIAL_STRIDE", "VAE_TEMPORAL_STRIDE", "ConvertConfig", "EncodeConfig", "EvaluateConfig",
-    "IndexConfig", "LaunchConfig", "PipelineConfig", "RayConfig", "SampleConfig", "ShardConfig", "Size", "Stage",
-    "TrainConfig", "check", "check_num_frames", "identity", "num_tokens", "place",
+    "IMAGE_LENGTH", "NEGATIVE_PROMPT", "PATCH_SIZE", "RESUMABLE_KEYS", "SIZE_MULTIPLE", "STAGES", "STORED_TEXTS",
+    "STRICT", "TEXT_LENGTH", "VAE_SPATIAL_STRIDE", "VAE_TEMPORAL_STRIDE", "ConvertConfig", "EncodeConfig",
+    "EvaluateConfig", "IndexConfig", "LaunchConfig", "PipelineConfig", "RayConfig", "SampleConfig", "ShardConfig",
+    "Size", "Stage", "TrainConfig", "check", "check_num_frames", "identity", "num_tokens", "place",
 ]  # fmt: skip

@@ -16,6 +16,9 @@ SIZE_MULTIPLE = VAE_SPATIAL_STRIDE * PATCH_SIZE[1]
 TEXT_LENGTH = 512  # positions that cross-attention sees, see encode/text.py
 IMAGE_LENGTH = 257  # tokens of CLIP ViT-H, one of them for the whole image: what image-to-video models attend to
 
+# Text embeddings that a dataset holds beside its samples: what may stand in the place of a dropped caption.
+STORED_TEXTS = ("empty_text.pt", "negative_text.pt")
+
 Stage = Literal["encode", "shard", "index", "train", "convert", "sample", "evaluate"]
 STAGES: tuple[Stage, ...] = ("encode", "shard", "index", "train", "convert", "sample", "evaluate")
 

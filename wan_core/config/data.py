@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wan_core.config.base import STRICT, Size, check, check_num_frames, num_tokens, place
+from wan_core.config.model import NEGATIVE_PROMPT
 from wan_core.described import described
 
 
@@ -42,6 +43,8 @@ class EncodeConfig:
     """What the VAE's products are of."""
     text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of the text encoder. Never float16: UMT5 overflows to zeros."""
+    negative_prompt: str = NEGATIVE_PROMPT
+    """Encoded beside the empty caption: training may put it in the place of dropped captions."""
     clips_per_part: int = place(64)
     """Clips that one task encodes; a failure costs at most this much work."""
     decode_threads: int = place(4)

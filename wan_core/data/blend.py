@@ -1,7 +1,8 @@
 """blend: several indexed datasets as one dataset, each with its share of the samples that training draws.
 
     <output_dir>/metadataset.yaml   Energon's description of it: the members' folders and weights
-                 empty_text.pt      embedding of the empty caption
+                 empty_text.pt      embedding of the empty caption, and
+                 negative_text.pt   of the negative prompt
                  encoder.json       what all members were encoded with
                  record.json        IndexRecord, so whatever takes a dataset takes a blend
 
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from wan_core import records
-from wan_core.config import check
+from wan_core.config import STORED_TEXTS, check
 from wan_core.records import IndexRecord
 
 METADATASET_NAME = "metadataset.yaml"
@@ -85,7 +86,7 @@ def run(weights: Mapping[Path, float], output_dir: Path) -> IndexRecord:
     with records.writing("index", output_dir, config, wanted) as output:
         description = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
         (output.path / METADATASET_NAME).write_text(yaml.safe_dump(description, sort_keys=False))
-        for name in ("empty_text.pt", "encoder.json"):
+        for name in (*STORED_TEXTS, "encoder.json"):
             shutil.copyfile(first / name, output.path / name)
         return output.finish(IndexRecord, num_samples=num_samples, encoder=members[first].encoder)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -20,6 +20,7 @@ from wan_core.data.batch import Pack, TrainingSample
 from wan_core.data.blend import METADATASET_NAME, members_of
 from wan_core.data.index import META_FOLDER
 from wan_core.data.samples import first_frame_of
+from wan_core.data.steps import BatchUnit, StepStream, Turn, pack_turns
 from wan_core.data.stream import Draw, PackStream, Position
 from wan_core.data.table import SampleTable
 from wan_core.packing import first_fit_decreasing
@@ -36,6 +37,15 @@ class LoaderConfig:
     num_workers: int
     seed: int
     stratified: bool = False
+    batch_unit: BatchUnit = "packs"  # of a step's size, `batch_size`
+    batch_size: int = 1  # not used where packs are counted
+    dropped_caption: str = "empty"  # empty or negative
+
+    def __post_init__(self) -> None:
+        check(
+            self.batch_unit in get_args(BatchUnit),
+            f"dataset.batch_unit={self.batch_unit!r} is none of packs, samples and tokens; choose one",
+        )
 
 
 def sources(path: Path, split: str) -> list[tuple[Path, float]]:
@@ -70,10 +80,10 @@ class _Packs(Dataset[Any]):
     """Reads the samples of a pack; runs in the workers. What is damaged comes back as a value, without a traceback."""
 
     def __init__(
-        self, tables: Sequence[SampleTable], empty_text: Tensor, sigmas: Sequence[float] = (),
+        self, tables: Sequence[SampleTable], dropped_text: Tensor, sigmas: Sequence[float] = (),
         stand_in: Sequence[Draw] = (),
     ) -> None:  # fmt: skip
-        self.tables, self.empty_text, self.sigmas, self.stand_in = tables, empty_text, sigmas, stand_in
+        self.tables, self.dropped_text, self.sigmas, self.stand_in = tables, dropped_text, sigmas, stand_in
 
     def __getitem__(self, draws: Sequence[Draw]) -> Pack | ValueError:
         chosen = draws or self.stand_in
@@ -81,9 +91,9 @@ class _Packs(Dataset[Any]):
             pack = Pack.of([self.sample(draw) for draw in chosen])
         except ValueError as error:
             return error
+        pack.counts = len(draws) > 0
         if self.sigmas:
             pack.sigmas = [self.sigmas[draw.sigma] for draw in chosen]
-            pack.counts = len(draws) > 0
         return pack
 
     def sample(self, draw: Draw) -> TrainingSample:
@@ -91,7 +101,7 @@ class _Packs(Dataset[Any]):
         key, members = str(table.keys[draw.index]), table.load(draw.index)
         sample = TrainingSample(
             __key__=key, __restore_key__=(), latents=members["pth"], seed=draw.seed,
-            text_embeds=self.empty_text if draw.drop_caption else members["pickle"],
+            text_embeds=self.dropped_text if draw.drop_caption else members["pickle"],
             first_frame=first_frame_of(members),
         )  # fmt: skip
         planned = int(table.num_tokens[draw.index])
@@ -107,37 +117,46 @@ class PackLoader:
     """Packs of one data-parallel rank, without end."""
 
     def __init__(
-        self, dataset: _Packs, order: Iterator[tuple[Position, list[Draw]]], start: Position, rank: int,
-        world_size: int, num_workers: int,
-    ) -> None:  # fmt: skip
+        self, dataset: _Packs, turns: Iterator[Turn], start: Position = Position(), num_workers: int = 0
+    ) -> None:
         self.position = start  # of all ranks together, behind the last pack that this rank handed out
-        self._world_size = world_size
-        self._issued: deque[Position] = deque()  # positions of the packs on their way
+        self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
-            dataset, batch_size=None, sampler=self._numbered(islice(order, rank, None, world_size)),
-            num_workers=num_workers, collate_fn=_unchanged,
+            dataset, batch_size=None, sampler=self._noted(turns), num_workers=num_workers, collate_fn=_unchanged,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
+        self._ahead: tuple[Pack, Turn] | None = None
 
-    def _numbered(self, order: Iterator[tuple[Position, list[Draw]]]) -> Iterator[list[Draw]]:
-        for position, draws in order:
-            self._issued.append(position)
-            yield draws
+    def _noted(self, turns: Iterator[Turn]) -> Iterator[list[Draw]]:
+        for turn in turns:
+            self._issued.append(turn)
+            yield turn.draws
 
     def __iter__(self) -> PackLoader:
         return self
 
     def __next__(self) -> Pack:
-        """Raises `ValueError` where a sample is damaged."""
+        """Raises `ValueError` where a sample is damaged, `RuntimeError` where a worker has died."""
+        (pack, turn), self._ahead = self._ahead or self._read(), None
+        self.position = turn.behind
+        return pack
+
+    def packs_in_step(self) -> int:
+        """How many packs this rank has in the step to come, whose first one is read for that."""
+        self._ahead = self._ahead or self._read()
+        return self._ahead[1].packs_in_step
+
+    def _read(self) -> tuple[Pack, Turn]:
         if self._packs is None:
             self._packs = iter(self._loader)
-        pack = next(self._packs)
+        try:
+            pack = next(self._packs)
+        except (ConnectionError, EOFError) as error:  # torch notices most deaths itself, but not during the handover
+            raise RuntimeError(f"DataLoader worker exited while it handed a pack over: {error!r}") from error
         if isinstance(pack, ValueError):
             raise pack
-        place = self._issued.popleft()
-        self.position = Position(self.position.pack + self._world_size, place.window, place.first)
-        return pack
+        return pack, self._issued.popleft()
 
 
 def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
@@ -156,8 +175,13 @@ def train_loader(config: LoaderConfig, rank: int, world_size: int, start: Positi
         tuple(table.num_tokens for table in tables), tuple(weight for _, weight in found), config.tokens_per_pack,
         config.packing_buffer_size, config.caption_dropout, config.seed, config.stratified,
     )  # fmt: skip
-    packs = _Packs(tables, _empty_text(found[0][0]))
-    return PackLoader(packs, stream.packs(start), start, rank, world_size, config.num_workers)
+    if config.batch_unit == "packs":
+        turns = pack_turns(stream, start, rank, world_size)
+    else:
+        turns = StepStream(stream, config.batch_unit, config.batch_size).turns(start, rank, world_size)
+    shortest = min((int(t.num_tokens.min()), source, int(t.num_tokens.argmin())) for source, t in enumerate(tables))
+    packs = _Packs(tables, dropped_text(found[0][0], config.dropped_caption), stand_in=[Draw(*shortest[1:], seed=0)])
+    return PackLoader(packs, turns, start, config.num_workers)
 
 
 @dataclass(frozen=True)
@@ -167,7 +191,7 @@ class ValidationPlan:
     tables: tuple[SampleTable, ...]
     packs: tuple[tuple[Draw, ...], ...]  # an empty one stands in where the ranks' shares would be unequal
     sigmas: tuple[float, ...]
-    empty_text: Tensor  # [n, text_dim]
+    dropped_text: Tensor  # [n, text_dim]; validation drops no caption
 
     @classmethod
     def of(cls, config: LoaderConfig, sigmas: Sequence[float], max_samples: int, packs_per_step: int) -> ValidationPlan:
@@ -183,18 +207,29 @@ class ValidationPlan:
         lengths = [int(tables[draw.source].num_tokens[draw.index]) for draw in draws]
         packs = [tuple(draws[i] for i in pack) for pack in first_fit_decreasing(lengths, config.tokens_per_pack)]
         packs += [()] * (-len(packs) % packs_per_step)
-        return cls(tables, tuple(packs), tuple(sigmas), _empty_text(found[0][0]))
+        return cls(tables, tuple(packs), tuple(sigmas), dropped_text(found[0][0], "empty"))
 
     def loader(self, rank: int, world_size: int, num_workers: int) -> PackLoader:
         """This rank's share, over and over."""
-        packs = _Packs(self.tables, self.empty_text, self.sigmas, self.packs[0])
-        order = ((Position(), list(draws)) for draws in cycle(self.packs))
-        return PackLoader(packs, order, Position(), rank, world_size, min(num_workers, 1))
+        packs = _Packs(self.tables, self.dropped_text, self.sigmas, self.packs[0])
+        turns = (Turn(list(draws), Position()) for draws in islice(cycle(self.packs), rank, None, world_size))
+        return PackLoader(packs, turns, num_workers=min(num_workers, 1))
 
 
 def _key_seed(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 2
 
 
-def _empty_text(folder: Path) -> Tensor:
-    return torch.load(folder / "empty_text.pt", weights_only=True)
+def dropped_text(folder: Path, caption: str) -> Tensor:
+    """What stands in the place of dropped captions, [n, text_dim].
+
+    Raises:
+        ValueError: the dataset holds no embedding of a negative prompt.
+    """
+    path = folder / f"{caption}_text.pt"
+    check(
+        path.is_file(),
+        f"{path} does not exist, which flow_matching.dropped_caption={caption} needs; encode the videos again (what "
+        "encode.negative_prompt says), or set flow_matching.dropped_caption=empty",
+    )
+    return torch.load(path, weights_only=True)

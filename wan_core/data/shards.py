@@ -3,7 +3,8 @@
     <output_dir>/<split>-<bits>.tar   samples whose place in the shuffle begins with these bits
                  samples.parquet      a row per sample: caption, size, tokens, its split and shard
                  quarantine.jsonl     what encode left out, and why
-                 empty_text.pt        embedding of the empty caption
+                 empty_text.pt        embedding of the empty caption, and
+                 negative_text.pt     of the negative prompt
                  encoder.json         what the latents and embeddings were made with
                  record.json          ShardRecord, written last
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from wan_core import records
-from wan_core.config import ShardConfig, check
+from wan_core.config import STORED_TEXTS, ShardConfig, check
 from wan_core.data.catalogue import Catalogue, Row
 from wan_core.data.parts import StoredSamples
 from wan_core.records import EncodeRecord, ShardRecord
@@ -86,7 +87,7 @@ def run(config: ShardConfig, encoded: EncodeRecord, output_dir: Path, earlier: P
                 else:
                     catalogue.add(shard.split, shard.name, next(written))
         (output.path / SOURCES_NAME).write_text(json.dumps(sources))
-        for name in ("empty_text.pt", "quarantine.jsonl"):
+        for name in (*STORED_TEXTS, "quarantine.jsonl"):
             shutil.copyfile(encoded.path / name, output.path / name)
         (output.path / ENCODER_NAME).write_text(json.dumps(encoded.encoder, indent=1, sort_keys=True))
         counts = {split: sum(len(shard.rows) for shard in shards if shard.split == split) for split in SPLITS}

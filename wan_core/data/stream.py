@@ -35,6 +35,7 @@ class Position:
     pack: int = 0
     window: int = 0  # which holds the pack
     first: int = 0  # number of that window's first pack
+    draw: int = 0  # where steps are counted in samples or tokens: before this draw, and the rest is 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,13 @@ class PackStream:
                     yield Position(number, window, first), pack
                 number += 1
             window += 1
+
+    def draws(self, number: int) -> Iterator[Draw]:
+        """The samples from draw `number` on, in order, in no packs."""
+        window, skipped = divmod(number, self.buffer_size)
+        while True:
+            yield from self._draws(window)[skipped:]
+            window, skipped = window + 1, 0
 
     def window(self, window: int) -> list[list[Draw]]:
         """The packs of one window."""

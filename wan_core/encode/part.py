@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wan_core import records
-from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig
+from wan_core.config import STORED_TEXTS, VAE_TEMPORAL_STRIDE, EncodeConfig
 from wan_core.data.clips import Clip
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
@@ -91,7 +91,9 @@ def encode_part(
         return found
     quarantined: list[tuple[Clip, str]] = []
     with records.writing("encode", folder, config, wanted) as output:
-        (output.path / "empty_text.pt").write_bytes(saved(encoders.text.encode([""])[0]))  # before the long work
+        texts = encoders.text.encode(["", config.negative_prompt])  # before the long work
+        for name, text in zip(STORED_TEXTS, texts, strict=True):
+            (output.path / name).write_bytes(saved(text))
         made = _PartEncoder(config, open_folder(videos), encoders, part.clips)
         with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for done, (clip, sample) in enumerate(zip(part.clips, made.samples(), strict=True), start=1):

@@ -3,11 +3,12 @@
     <output_dir>/parts/<name>/part.tar           samples (data/samples.py)
                               members.json       member -> [offset, bytes] in part.tar
                               quarantine.jsonl   clips that could not be encoded
-                              empty_text.pt      embedding of the empty caption
+                              empty_text.pt      embedding of the empty caption, and
+                              negative_text.pt   of the negative prompt
                               record.json
                  clips.jsonl                     the clips of this dataset, and in which part each lies
                  quarantine.jsonl                what is not in the dataset, and why
-                 empty_text.pt
+                 empty_text.pt, negative_text.pt
                  record.json                     EncodeRecord, written last
 
 The folder is named by the settings alone (`settings_fingerprint`) and outlives changes of the clips: parts are
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from wan_core import records
-from wan_core.config import EncodeConfig, check
+from wan_core.config import STORED_TEXTS, EncodeConfig, check
 from wan_core.data.clips import Clip, Quarantined, scan
 from wan_core.data.folder import Location, open_folder
 from wan_core.digests import encoder_identity
@@ -115,7 +116,8 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     )
     _write_lines(output_dir / "clips.jsonl", rows)
     used = sorted({encoded[clip.key] for clip in kept})
-    shutil.copyfile(output_dir / "parts" / used[0] / "empty_text.pt", output_dir / "empty_text.pt")
+    for name in STORED_TEXTS:
+        shutil.copyfile(output_dir / "parts" / used[0] / name, output_dir / name)
     output = records.StageOutput("encode", output_dir, output_dir, config, dataset.fingerprint)
     record = output.finish(
         EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(kept),
