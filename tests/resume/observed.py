@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write_inputs(out: Path) -> None:
     (out / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
 
 
-def install(path: Path, attempt: int, poison: tuple[int, ...]) -> None:
+def install(path: Path, attempt: int, poison: Mapping[int, float]) -> None:
     """Let this process's training note what it reads, and spoil some steps."""
 
     class Observed(WanStep):
@@ -50,8 +51,6 @@ def install(path: Path, attempt: int, poison: tuple[int, ...]) -> None:
             with path.open("a") as file:
                 rank = torch.distributed.get_rank()
                 file.write(json.dumps({"attempt": attempt, "step": step, "rank": rank, "pack": pack}) + "\n")
-            if -(-Observed.packs // PACKS_PER_STEP) in poison:
-                velocity = velocity * torch.nan
-            return velocity, reduce
+            return velocity * poison.get(-(-Observed.packs // PACKS_PER_STEP), 1.0), reduce
 
     training.WanStep = Observed  # type: ignore[misc]

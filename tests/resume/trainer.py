@@ -2,14 +2,17 @@
 
     python -m tests.resume.trainer OUT_DIR SCENARIO...
 
-Forks the ranks of every attempt from one process that has imported everything. Results lie below OUT_DIR/<scenario>/:
-the run folder as a user's would, `log<attempt>.txt` with what the ranks said, `codes.json` with their exit codes, and
-`taken.jsonl` with what each rank read in each step. This module stays light: checkpoint writers import it anew.
+Forks two scenarios at a time, and the ranks of every attempt, from one process that has imported everything. Results
+lie below OUT_DIR/<scenario>/: the run folder as a user's would, `log<attempt>.txt` with what the ranks said,
+`codes.json` with their exit codes, and `taken.jsonl` with what each rank read in each step. This module stays light:
+checkpoint writers import it anew.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import resource
 import signal
@@ -18,8 +21,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +51,7 @@ class Attempt:
     overrides: tuple[str, ...] = ()
     signal: int = signal.SIGKILL
     until: Callable[[Path], bool] = lambda run: False  # looked at all the time; then every rank gets the signal
-    poison: tuple[int, ...] = ()  # steps, counted in this attempt on one rank, whose loss is not a number
+    poison: Mapping[int, float] = field(default_factory=dict)  # what a step's velocity is multiplied by
     at_readers: bool = False  # the signal goes to the processes that read data instead
     model: str = "model"
     full_disk: bool = False  # instead of the signal, what a full disk does: writes fail half-way
@@ -68,6 +74,7 @@ def data_written(iteration: int) -> Callable[[Path], bool]:
 
 
 VALIDATED = ("validation.eval_interval=3",)
+SPIKES = ("stability.spike_factor=10", "stability.history=8")
 ASYNC = ("checkpoint.async_save=true",)
 SCENARIOS: dict[str, tuple[Attempt, ...]] = {
     "whole": (Attempt(overrides=VALIDATED),),
@@ -83,9 +90,15 @@ SCENARIOS: dict[str, tuple[Attempt, ...]] = {
         Attempt(),
     ),
     "poisoned": (
-        Attempt(poison=(2, 5, 6), overrides=("stability.on_bad_steps=rollback", "stability.max_bad_steps=2")),
+        Attempt(
+            poison={2: math.nan, 5: 100.0, 6: 1e4},
+            overrides=(*SPIKES, "stability.on_bad_steps=rollback", "stability.max_bad_steps=2"),
+        ),
     ),
-    "stopped": (Attempt(poison=(4,), overrides=("stability.on_bad_steps=stop",)), Attempt(model="wide")),
+    "stopped": (
+        Attempt(poison={4: 1e4}, overrides=(*SPIKES, "stability.on_bad_steps=stop")),
+        Attempt(model="wide"),
+    ),
     "full": (
         Attempt(until=logged(4), full_disk=True),
         Attempt(overrides=("checkpoint.keep_last=2", "checkpoint.keep_every=3")),
@@ -99,7 +112,7 @@ SCENARIOS: dict[str, tuple[Attempt, ...]] = {
 }
 
 
-def run_scenario(name: str, out: Path) -> None:
+def run_scenario(out: Path, name: str) -> None:
     codes = []
     for number in range(len(SCENARIOS[name])):
         codes.append(attempt(name, number, out))
@@ -200,8 +213,9 @@ def main() -> None:
     from tests.resume import observed
 
     observed.write_inputs(out)
-    for name in names:
-        run_scenario(name, out)
+    gc.freeze()  # else each fork's first collection walks through, and copies, all that was imported
+    with ProcessPoolExecutor(2, get_context("fork")) as pool:
+        list(pool.map(partial(run_scenario, out), names))
 
 
 if __name__ == "__main__":

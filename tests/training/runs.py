@@ -7,10 +7,12 @@ Light at the top, because Megatron's checkpoint writers are spawned processes th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 PROMPTS = "[a red circle moving left, a blue square moving up, a green circle]"
@@ -20,9 +22,37 @@ SETTINGS = (
 )  # fmt: skip
 AVERAGED = (*SETTINGS, "optimizer.ema_decay=0.9")
 SAMPLED = (
-    "samples.interval=2", f"samples.prompts={PROMPTS}", "samples.height=32", "samples.width=32", "samples.num_frames=5",
+    "samples.interval=1", f"samples.prompts={PROMPTS}", "samples.height=32", "samples.width=32", "samples.num_frames=5",
     "samples.num_steps=2", "samples.negative_prompt=a",
 )  # fmt: skip
+LOGGED = (
+    "validation.eval_interval=2", "validation.max_samples=2", "validation.sigmas=[0.5]",
+    "logger.wandb_project=tiny", "logger.mlflow_experiment=tiny",
+)  # fmt: skip
+REFUSED = {  # what a user may get wrong, behind the name of a folder that it may use
+    "unknown": ("--mock", "optimizer.lrr=1"),
+    "type": ("--mock", "train.train_iters=many"),
+    "choice": ("--mock", "stability.on_bad_steps=hope"),
+    "value": ("--mock", "flow_matching.shift=-1"),
+    "recipe": ("--mock", "--recipe", "wan_2b"),
+    "none": (),
+    "missing": ("dataset.path=FOLDER/missing",),
+    "empty": ("dataset.path=FOLDER",),
+    "unindexed": ("dataset.path=FOLDER/..",),
+    "counted": ("--mock", "dataset.batch_unit=samples"),
+    "micro": ("--mock", "train.micro_batch_size=2"),
+    "batch": ("--mock", "train.global_batch_size=0"),
+    "async": ("--mock", "checkpoint.async_save=true"),
+    "adapters": ("--mock", "lora.dim=4"),
+    "encoders": ("--mock", "samples.interval=2", "samples.prompts=[a]"),
+    "prompts": ("--mock", "samples.interval=2"),
+    "package": ("--mock", "logger.wandb_project=a", "logger.mlflow_experiment=b"),  # where they are not installed
+}
+SCHEDULES = {  # 12 steps, 3 of them warming up
+    "cosine": ("scheduler.lr_decay_style=cosine",),
+    "constant": ("scheduler.lr_decay_style=constant",),
+    "WSD": ("scheduler.lr_decay_style=WSD", "scheduler.lr_wsd_decay_style=linear", "scheduler.lr_wsd_decay_iters=4"),
+}
 ADAPTED = (*SETTINGS, "lora.dim=4", "lora.alpha=8")
 
 
@@ -31,17 +61,37 @@ def main(out: Path) -> None:
 
     torch.set_num_threads(1)
     from tests.tiny import make_tiny_model
+    from wan_core.trainer_schema import present_keys
 
     model = make_tiny_model(out / "model")
-    train(out / "plain", model, (*AVERAGED, "train.train_iters=4", "checkpoint.save_interval=1"))
-    train(out / "sampled", model, (*AVERAGED, *SAMPLED, "train.train_iters=4", "checkpoint.save_interval=4"))
-    cut_off(out / "plain", out / "resumed", 2)
-    train(out / "resumed", model, (*AVERAGED, "train.train_iters=4", "checkpoint.save_interval=4"))
-    train(out / "lora", model, (*ADAPTED, "train.train_iters=4", "checkpoint.save_interval=2"))
-    cut_off(out / "lora", out / "lora-resumed", 2)
-    train(out / "lora-resumed", model, (*ADAPTED, "train.train_iters=4", "checkpoint.save_interval=4"))
+    (out / "keys.txt").write_text("\n".join(present_keys()))
+    loggers = find_spec("wandb") and find_spec("mlflow")
+    refused = {name: arguments for name, arguments in REFUSED.items() if not (name == "package" and loggers)}
+    said = {name: refusal(out / "bad" / name, *arguments) for name, arguments in refused.items()}
+    (out / "refusals.json").write_text(json.dumps(said))
+    (out / "layers.json").write_text(json.dumps(layers(out / "user.yaml")))
+    (out / "rates.json").write_text(json.dumps({name: rates(*SCHEDULES[name]) for name in SCHEDULES}))
+    gc.freeze()  # else Bridge's collections in each run walk through all that was imported
+    train(out / "plain", model, (*AVERAGED, "train.train_iters=2", "checkpoint.save_interval=1"))
+    sampled = (*AVERAGED, *SAMPLED, "train.train_iters=2", "checkpoint.save_interval=2")
+    if loggers:
+        os.environ.update(
+            WANDB_MODE="offline", MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=f"file://{out}/mlruns"
+        )
+        sampled = (*sampled, *LOGGED)
+    train(out / "sampled", model, sampled)
+    cut_off(out / "plain", out / "resumed", 1)
+    train(out / "resumed", model, (*AVERAGED, "train.train_iters=2", "checkpoint.save_interval=2"))
+    train(out / "lora", model, (*ADAPTED, "train.train_iters=2", "checkpoint.save_interval=1"))
+    cut_off(out / "lora", out / "lora-resumed", 1)
+    train(out / "lora-resumed", model, (*ADAPTED, "train.train_iters=2", "checkpoint.save_interval=2"))
     train(out / "dora", model, (*ADAPTED, "lora.magnitude=true", "train.train_iters=2", "checkpoint.save_interval=2"))
-    frozen = ("model.freeze=[layers.0.*, text_embedding.*]", "optimizer.weight_decay=100.0", "optimizer.lr=1e-3")
+    frozen = (
+        "flow_matching.shift=4.5",
+        "model.freeze=[layers.0.*, text_embedding.*]",
+        "optimizer.weight_decay=100.0",
+        "optimizer.lr=1e-3",
+    )
     train(out / "frozen", model, (*SETTINGS, *frozen, "train.train_iters=2", "checkpoint.save_interval=2"))
     image_to_video(out)
 
@@ -102,6 +152,59 @@ def train(run_dir: Path, model: Path, overrides: tuple[str, ...], dataset: Path 
         run(TrainConfig("wan_demo", "finetune", overrides), model, dataset, run_dir, None, mock=dataset is None)
     finally:
         dist.destroy_process_group()
+
+
+def layers(file: Path) -> dict[str, object]:
+    """Fields that the defaults, the mode, the recipe, the user's file and an override set, each the last to do so."""
+    from wan_core.config import TrainConfig
+    from wan_core.recipes import build
+
+    file.write_text("{flow_matching: {shift: 7.0, logit_std: 0.9}, optimizer: {lr: 2.0e-5}}")
+    config = TrainConfig("wan_1_3b", "pretrain", ("flow_matching.shift=9",))
+    found = build(config, model_dir=None, dataset_dir=None, run_dir=None, config_file=file, mock=True)
+    return {
+        "optimizer.adam_beta2": found.optimizer.adam_beta2, "flow_matching.density": found.flow_matching.density,
+        "optimizer.weight_decay": found.optimizer.weight_decay, "optimizer.lr": found.optimizer.lr,
+        "flow_matching.logit_std": found.flow_matching.logit_std, "flow_matching.shift": found.flow_matching.shift,
+    }  # fmt: skip
+
+
+def rates(*overrides: str) -> list[float]:
+    """The learning rate of each step."""
+    import torch
+    from megatron.bridge.training.optim import _get_scheduler
+
+    from wan_core.config import TrainConfig
+    from wan_core.recipes import build
+
+    settings = (
+        "train.train_iters=12", "train.global_batch_size=6", "scheduler.lr_warmup_iters=3", "optimizer.lr=1e-3",
+        "optimizer.min_lr=1e-4",
+    )  # fmt: skip
+    config = TrainConfig("wan_demo", "pretrain", (*settings, *overrides))
+    container = build(config, model_dir=None, dataset_dir=None, run_dir=None, mock=True)
+    container.validate()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = _get_scheduler(container.optimizer, container.scheduler, optimizer)
+    found = []
+    for _ in range(12):
+        found.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=6)  # as Bridge does after a step
+    return found
+
+
+def refusal(folder: Path, *arguments: str) -> str:
+    """What `python -m wan_core.train` says of these arguments."""
+    from wan_core import train
+
+    folder.mkdir(parents=True)
+    sys.argv = ["wan_core.train", "--run-dir", str(folder / "run")]
+    sys.argv += [argument.replace("FOLDER", str(folder)) for argument in arguments]
+    try:
+        train.main()
+    except SystemExit as end:
+        return str(end.code)
+    return "nothing"
 
 
 def cut_off(source: Path, target: Path, iteration: int) -> None:
