@@ -339,6 +339,8 @@ def test_runs_on_a_gpu(runs: Path) -> None:
     one, two = (read_tensors(checkpoint(runs, run, 2), [EMA + name for name in names]) for run in ("plain", "resumed"))
     for name in names:
         torch.testing.assert_close(one[EMA + name], two[EMA + name], rtol=1e-3, atol=1e-3)
+    last = list(read_lines(runs / "plain" / "metrics.jsonl"))[-1]
+    assert last["peak_memory_gib"] > 0 and last["mfu"] is not None
     assert losses(runs, "resumed")[2] == pytest.approx(losses(runs, "plain")[2], rel=1e-2)
     assert (runs / "sampled" / "samples" / "iter_0000002" / "002.gif").is_file()
     assert read_adapters(checkpoint(runs, "lora", 2)).keys() == read_adapters(checkpoint(runs, "dora", 2)).keys()
