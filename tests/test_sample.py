@@ -60,8 +60,6 @@ def test_image_to_video_equals_diffusers(tiny_i2v_model: Path, images: tuple[str
     expected = theirs(config, WanImageToVideoPipeline.from_pretrained(tiny_i2v_model), images)
     for found, wanted in zip(ours(config, tiny_i2v_model), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    swapped = ours(replace(config, images=images[::-1]), tiny_i2v_model)
-    assert (swapped[0] - expected[0]).abs().max() > 0.05  # the image matters
 
 
 def test_text_to_video_equals_diffusers(tiny_model: Path) -> None:

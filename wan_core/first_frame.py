@@ -28,7 +28,7 @@ class FirstFrame:
         return torch.cat([mask, self.latents])
 
     def to(self, device: torch.device) -> FirstFrame:
-        return FirstFrame(*(x.to(device, non_blocking=True) for x in (self.latents, self.embeds)))
+        return FirstFrame(self.latents.to(device), self.embeds.to(device))
 
 
 def pack_first_frames(frames: Sequence[FirstFrame]) -> tuple[Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.inputs import IMAGE_PARTS, MODEL_PARTS
 from tests.processes import living, wait_until
+from wan_core.architecture import I2V_14B
 
 WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
 
@@ -26,7 +29,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("videos", "model/vae", "model/tokenizer", "whole/vae", "whole/text_encoder", "whole/tokenizer"):
         (root / name).mkdir(parents=True)
     (root / "whole/transformer").mkdir()
-    return {name: str(root / name) for name in ("videos", "model", "whole", "workspace", "nowhere")}
+    for part in (*MODEL_PARTS, *IMAGE_PARTS):
+        (root / "i2v" / part).mkdir(parents=True)
+    config = {"_class_name": "WanTransformer3DModel", **I2V_14B.to_diffusers()}
+    (root / "i2v/transformer/config.json").write_text(json.dumps(config))
+    return {name: str(root / name) for name in ("videos", "model", "whole", "i2v", "workspace", "nowhere")}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     [
         ("run --videos {nowhere} --model {whole} --recipe wan_demo -w {workspace}", "is not a folder"),
         ("run --videos {videos} --model {model} --recipe wan_demo -w {workspace}", "lacks text_encoder/, transformer/"),
+        (
+            "run --videos {videos} --model {i2v} --recipe wan_i2v_14b -w {workspace}",
+            "0 images are given for 2 videos of an image-to-video model, which needs the first frame of each",
+        ),
         ("run --videos {videos} --model {whole} --recipe wan_9b -w {workspace}", "'wan_9b' does not exist; choose one"),
         ("run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} encode.fsp=8", "mean encode.fps?"),
         ("demo -w {workspace} --refresh shards", "names no stage; choose one of encode, shard"),
