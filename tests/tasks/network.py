@@ -8,14 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.process import Process
+from tests.processes import wait_until
 
 PORT = 6379
+START_ATTEMPTS = 5
+
+
+def said(process: Process, text: str) -> bool:
+    return any(text in line for line in process.tail)
 
 
 def ip(*arguments: str) -> str:
@@ -35,11 +40,19 @@ class Machine:
         return ["ip", "netns", "exec", self.name, *arguments]
 
     def start_ray(self, *arguments: str) -> None:
+        """Return when it runs. A loaded machine exceeds the 30 s that Ray grants a node, so this may take attempts."""
         path = f"{os.getcwd()}:{self.log.parent}"  # of all that Ray starts there: this project, the test's own modules
         environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}
         ray = str(Path(sys.executable).parent / "ray")
         common = ["--num-cpus=2", f"--node-ip-address={self.address}", "--object-store-memory=80000000", "--block"]
-        self.ray = Process(self.command(ray, "start", *common, *arguments), environment, self.log)
+        for _ in range(START_ATTEMPTS):
+            started = Process(self.command(ray, "start", *common, *arguments), environment, self.log)
+            wait_until(lambda: said(started, "Ray runtime started") or started.wait(0) is not None, 120)  # noqa: B023
+            if said(started, "Ray runtime started"):
+                self.ray = started
+                return
+            started.stop()
+        raise AssertionError(f"Ray did not start on {self.name}; see {self.log}")
 
     def kill(self) -> None:
         """The machine loses power: every process in it, at once."""
@@ -65,7 +78,6 @@ def machines(count: int, folder: Path, subnet: str = "10.213.7") -> Iterator[lis
             ip("-n", machine.name, "link", "set", "lo", "up")
             ip("-n", machine.name, "link", "set", "eth0", "up")
         made[0].start_ray("--head", f"--port={PORT}", "--include-dashboard=false")
-        time.sleep(10)
         for machine in made[1:]:
             machine.start_ray(f"--address={made[0].address}:{PORT}")
         yield made
