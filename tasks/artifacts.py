@@ -59,11 +59,13 @@ def _cell(value: Any) -> str:
 def markdown(record: Record) -> str:
     """A record as a Markdown page."""
     rows = [("folder", f"`{record.path}`"), ("fingerprint", f"`{record.fingerprint[:16]}`")]
-    rows += [(name, _cell(value)) for name, value in vars(record).items() if name not in HIDDEN]
+    shown = {name: value for name, value in vars(record).items() if name not in HIDDEN}
+    shown |= shown.pop("metrics") if isinstance(record, EvaluateRecord) else {}  # a row each
+    rows += [(name, _cell(value)) for name, value in shown.items()]
     rows += [("output", f"{len(record.files)} files, {human_bytes(record.num_bytes)}")]
     rows += [("worked for", f"{record.seconds:.1f} s")]
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows)
-    return f"## {record.stage}: {record.path.name}\n\n| | |\n|---|---|\n{table}\n"
+    head, *body = (f"| {name.replace('_', ' ')} | {value} |" for name, value in rows)
+    return "\n".join([f"## {record.stage}: {record.path.name}", "", head, "|---|---|", *body, ""])
 
 
 def _image(path: Path) -> str:

@@ -57,9 +57,10 @@ def retrying_part_helps(task: Any, task_run: Any, state: Any) -> bool:
     return retrying_helps(task, task_run, state)
 
 
-# No Prefect cache here: a part that is whole is not in the plan, and encode_part itself looks again.
+# No Prefect cache here: a part that is whole is not in the plan, and encode_part itself looks again. No tags: for
+# them Prefect asks the server twice per task run whether they are limited.
 @task(
-    name="encode-part", task_run_name="encode/part-{part.name}", tags=["encode"], cache_policy=NO_CACHE, retries=3,
+    name="encode-part", task_run_name="encode/part-{part.name}", cache_policy=NO_CACHE, retries=3,
     retry_delay_seconds=exponential_backoff(backoff_factor=2), retry_jitter_factor=0.5,
     retry_condition_fn=retrying_part_helps, persist_result=False,
 )  # fmt: skip
