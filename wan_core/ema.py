@@ -47,15 +47,38 @@ class WanOptimizerConfig(OptimizerConfig):
         """The optimizer; Bridge asks for it here. Norms and biases are not decayed, and modulation is not, either."""
         overrides = {**(arguments.pop("config_overrides") or {}), ParamKey(name="*modulation"): NO_DECAY}
         optimizer = get_megatron_optimizer(config=self, config_overrides=overrides, **arguments)
+        for part in parts(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                part.__class__ = AveragingOptimizer if self.ema_decay else ReshardableOptimizer
         if self.ema_decay:
             for part in parts(optimizer):
-                part.__class__ = AveragingOptimizer
                 if hasattr(part.optimizer, "name_to_dtype_map"):  # Transformer Engine's asks it for every entry
                     part.optimizer.name_to_dtype_map[KEY] = torch.float32
         return optimizer
 
 
-class AveragingOptimizer(DistributedOptimizer):
+class ReshardableOptimizer(DistributedOptimizer):
+    """A distributed optimizer whose checkpoints are right with several gradient buckets, too."""
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights and moments of all ranks, flat, each bucket at its offset in the buffer.
+
+        megatron-core (0.19.2) leaves out the padding between buckets, but then cuts parameters out at offsets that
+        count it: from the second bucket on, a checkpoint held a neighbour's numbers under a parameter's name.
+        """
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        for number, buffer in enumerate(self.buffers if state else ()):
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            for tensors in state[number].values():
+                for key, packed in tensors.items():
+                    if isinstance(packed, Tensor):
+                        tensors[key] = padded = packed.new_zeros(buffer.numel)
+                        for bucket, part in zip(buffer.buckets, packed.split(sizes), strict=True):
+                            padded[bucket.offset : bucket.offset + len(part)] = part
+        return state
+
+
+class AveragingOptimizer(ReshardableOptimizer):
     """A distributed optimizer whose checkpoints hold the average, too."""
 
     @property

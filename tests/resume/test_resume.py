@@ -89,6 +89,14 @@ def test_a_killed_run_ends_as_an_unbroken_one(runs: Path) -> None:
     assert last[0]["losses"] == last[1]["losses"] and last[0]["iteration"] == 9
 
 
+def test_the_optimizer_keeps_each_weight_under_its_own_name(runs: Path) -> None:
+    """Also those behind the first of several gradient buckets, which have padding between them."""
+    tensors, prefix = saved(runs / "whole", 9), "optimizer.state.param."
+    names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    assert len(names) > 30
+    assert [n for n in names if not torch.equal(tensors[n], tensors[prefix + n].to(tensors[n].dtype))] == []
+
+
 def test_a_half_written_checkpoint_is_never_loaded(runs: Path) -> None:
     """The third and the fourth attempt were killed while they saved iteration 6, so the one after went on from 3."""
     killed = runs / "killed"

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpoint": {"save_interval": 3},
     "validation": {"eval_interval": 0, "max_samples": 6, "sigmas": [0.2, 0.8]},
     "logger": {"log_interval": 1},
+    "ddp": {"overlap_grad_reduce": True, "bucket_size": 8000},  # several buckets, as large models have them
 }
 
 
