@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -65,4 +66,5 @@ def make_dataset(
         EncodeRecord, parts=(part,), num_clips=num_clips, num_quarantined=0, encoder=encoder
     )
     sharded = shards.run(ShardConfig(val_share=val_share, max_samples=9), encoded, folder / "shard")
-    return index.run(IndexConfig(workers=1), sharded, folder / "index").path
+    with mock.patch.object(index.card, "write"):  # its pictures take most of the time, and tests/data looks at them
+        return index.run(IndexConfig(workers=1), sharded, folder / "index").path

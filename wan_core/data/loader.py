@@ -122,16 +122,12 @@ class PackLoader:
         self.position = start  # of all ranks together, behind the last pack that this rank handed out
         self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
-            dataset, batch_size=None, sampler=self._noted(turns), num_workers=num_workers, collate_fn=_unchanged,
+            dataset, batch_size=None, sampler=_noted(turns, self._issued), num_workers=num_workers,
+            collate_fn=_unchanged,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
         self._ahead: tuple[Pack, Turn] | None = None
-
-    def _noted(self, turns: Iterator[Turn]) -> Iterator[list[Draw]]:
-        for turn in turns:
-            self._issued.append(turn)
-            yield turn.draws
 
     def __iter__(self) -> PackLoader:
         return self
@@ -157,6 +153,13 @@ class PackLoader:
         if isinstance(pack, ValueError):
             raise pack
         return pack, self._issued.popleft()
+
+
+def _noted(turns: Iterator[Turn], issued: deque[Turn]) -> Iterator[list[Draw]]:
+    """What each turn reads. A method would close a cycle, and workers that a collected cycle leaves take 5 s to end."""
+    for turn in turns:
+        issued.append(turn)
+        yield turn.draws
 
 
 def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
