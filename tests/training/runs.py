@@ -66,8 +66,9 @@ def main(out: Path) -> None:
     model = make_tiny_model(out / "model")
     (out / "keys.txt").write_text("\n".join(present_keys()))
     loggers = find_spec("wandb") and find_spec("mlflow")
-    refused = {name: arguments for name, arguments in REFUSED.items() if not (name == "package" and loggers)}
-    said = {name: refusal(out / "bad" / name, *arguments) for name, arguments in refused.items()}
+    here = {"package": not loggers, "async": not torch.cuda.is_available()}
+    refused = [name for name in REFUSED if here.get(name, True)]
+    said = {name: refusal(out / "bad" / name, *REFUSED[name]) for name in refused}
     (out / "refusals.json").write_text(json.dumps(said))
     (out / "layers.json").write_text(json.dumps(layers(out / "user.yaml")))
     (out / "rates.json").write_text(json.dumps({name: rates(*SCHEDULES[name]) for name in SCHEDULES}))

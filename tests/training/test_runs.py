@@ -200,7 +200,7 @@ def test_weights_and_biases_and_mlflow_get_the_same(runs: Path, monkeypatch: pyt
 def test_what_cannot_be_trained_is_refused_in_a_sentence(runs: Path, name: str, sentence: str) -> None:
     said = json.loads((runs / "refusals.json").read_text()).get(name)
     if said is None:
-        pytest.skip("wandb and mlflow are installed")
+        pytest.skip("works here: wandb and mlflow are installed, or there is a GPU")
     assert said.startswith("wan_core.train: " + sentence.replace("FOLDER", str(runs / "bad" / name)))
     assert "\n" not in said
 
