@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,13 +137,3 @@ def test_what_contradicts_fsdp_is_refused(values: dict[str, object], sentence: s
     with pytest.raises(ValueError) as refusal:
         configure(fsdp_container(**values), values)
     assert sentence in str(refusal.value)
-
-
-@slow
-def test_two_packs_in_a_micro_batch_are_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "wan_core.train", "--recipe", "wan_demo", "--mock", "--run-dir", str(tmp_path)]
-    result = subprocess.run(
-        [*command, "train.micro_batch_size=2", "train.global_batch_size=2"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "train.micro_batch_size=2, but a micro-batch is one pack; set it to 1" in result.stderr
