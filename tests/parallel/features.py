@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 LAYOUTS = {"one": 1, "dp2": 2, "tp2": 2, "cp2": 2, "pp2": 2}  # name: ranks
+RESUMED = "dp2 from one"  # the second half of a run whose first half was on one rank
 SIZES = {
     "tp2": ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
     "cp2": ("model.context_parallel_size=2",), "pp2": ("model.pipeline_model_parallel_size=2",),
@@ -30,11 +31,11 @@ FEATURES = {
     "adapted": (
         "dataset.batch_unit=samples", "train.global_batch_size=6", "lora.dim=4", "lora.alpha=8", "lora.magnitude=true",
     ),
-    "counted": ("dataset.batch_unit=tokens", "train.global_batch_size=50"),
+    "counted": ("dataset.batch_unit=tokens", "train.global_batch_size=50", "checkpoint.save_interval=2"),
 }  # fmt: skip
 RUNS = [
     *(("full", layout) for layout in LAYOUTS), *(("adapted", layout) for layout in ("one", "dp2", "tp2", "cp2")),
-    ("counted", "one"), ("counted", "dp2"),
+    ("counted", "one"), ("counted", "dp2"), ("counted", RESUMED),
 ]  # fmt: skip
 
 
@@ -44,13 +45,16 @@ def fork(stores: Path, out: Path) -> None:
 
     from tests.resume.data import make_dataset
     from tests.tiny import TEXT_DIM, make_tiny_model
+    from tests.training.runs import cut_off
 
     model = make_tiny_model(out / "model")
     make_dataset(out / "data", 24, text_dim=TEXT_DIM)
     for features, layout in RUNS:
         since = time.perf_counter()
+        if layout == RESUMED:
+            cut_off(out / f"{features}-one", out / f"{features}-{layout}", 2)
         arguments = (stores / f"{features}-{layout}", model, out, features, layout)
-        start_processes(_work, arguments, nprocs=LAYOUTS[layout], start_method="fork")
+        start_processes(_work, arguments, nprocs=LAYOUTS[layout.split()[0]], start_method="fork")
         print(f"{features}, {layout}: {time.perf_counter() - since:.1f} s", flush=True)
 
 
@@ -63,7 +67,7 @@ def _work(rank: int, store: Path, model: Path, out: Path, features: str, layout:
     from wan_core.training import run
 
     torch.set_num_threads(1)
-    ranks = LAYOUTS[layout]
+    ranks = LAYOUTS[layout.split()[0]]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     overrides = (*SETTINGS, *FEATURES[features], *SIZES.get(layout, ()), f"dataset.path={out / 'data' / 'index'}")
     with process_group(dist.FileStore(str(store), ranks), rank, ranks):

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from tests.parallel.compare import module_errors
-from tests.parallel.features import RUNS
+from tests.parallel.features import RESUMED, RUNS
 from wan_core.convert.checkpoint import EMA, iteration_dir, read_tensors, tensor_names
 from wan_core.training_run import read_lines
 
 pytestmark = pytest.mark.slow
-SPREAD = [run for run in RUNS if run[1] != "one"]
+SPREAD = [run for run in RUNS if run[1] not in ("one", RESUMED)]
 
 
 def folder(runs: Path, features: str, layout: str) -> Path:
@@ -75,6 +75,13 @@ def test_steps_of_so_many_tokens_have_no_more(runs: Path) -> None:
     for line in read_lines(folder(runs, "counted", "dp2") / "metrics.jsonl"):
         assert 0 < line["consumed_samples"] - before <= 50 / 4  # of 4 tokens at least
         before = line["consumed_samples"]
+
+
+def test_steps_that_count_tokens_go_on_over_other_ranks(runs: Path) -> None:
+    found, expected = (numbers(folder(runs, "counted", name)) for name in (RESUMED, "one"))
+    assert len(found) == 2
+    for (*mine, _), (*other, _) in zip(found, expected[2:], strict=True):  # samples are counted from the first line on
+        assert mine == pytest.approx(other, rel=1e-5)
 
 
 def video(path: Path) -> np.ndarray:
