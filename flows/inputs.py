@@ -8,11 +8,10 @@ from tasks.layout import newest, stage_folder
 from wan_core.architecture import Architecture
 from wan_core.config import SampleConfig, Stage, check
 from wan_core.data.folder import checked_folder
-from wan_core.digests import sees_images
+from wan_core.digests import IMAGE_PARTS, sees_images
 from wan_core.records import RECORD_NAME, Record, find_record, load_record
 
 MODEL_PARTS = ("vae", "text_encoder", "tokenizer", "transformer")
-IMAGE_PARTS = ("image_encoder", "image_processor")  # of an image-to-video model, too
 
 
 def checked_videos(videos: str) -> str:

@@ -28,6 +28,7 @@ class Part:
 @dataclass
 class Whole:
     part: Part = field(default_factory=Part)
+    rates: Part = field(default_factory=Part)
     flow_matching: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
 
 
@@ -60,6 +61,7 @@ def test_what_fits_is_taken(key: str, value: Any, expected: Any) -> None:
     ("key", "value", "sentence"),
     [
         ("part.stepz", 1, "unknown key 'part.stepz': Part has no field 'stepz'; did you mean part.steps?"),
+        ("rates.rates", 1, "unknown key 'rates.rates': Part has no field 'rates'; did you mean rates.rate?"),
         ("parts.steps", 1, "unknown key 'parts.steps': Whole has no field 'parts'; did you mean part.steps?"),
         ("part.steps.more", 1, "unknown key 'part.steps.more': int has no field 'more'"),
         ("part.steps", "many", "part.steps='many' is str, but the field takes int; the present value is 10"),

@@ -60,6 +60,9 @@ def encoder_identity(model: Path) -> dict[str, str]:
     return identity
 
 
+IMAGE_PARTS = ("image_encoder", "image_processor")  # what a folder holds beside the others where it does
+
+
 def sees_images(model: Path) -> bool:
     """Whether a Diffusers folder is that of an image-to-video model, whose transformer attends to an image."""
     path = model / "transformer" / "config.json"

@@ -21,10 +21,10 @@ def apply_override(container: Any, key: str, value: Any) -> None:
     """
     *path, name = key.split(".")
     owners = [container]
-    for part in path:
-        _check_key(owners[-1], part, key)
+    for place, part in enumerate(path):
+        _check_key(owners[-1], place, key)
         owners.append(getattr(owners[-1], part))
-    _check_key(owners[-1], name, key)
+    _check_key(owners[-1], len(path), key)
     value = _fitting(owners[-1], name, key, value)
     for owner, attribute in zip(reversed(owners), reversed([*path, name]), strict=True):
         if not owner.__dataclass_params__.frozen:
@@ -33,12 +33,15 @@ def apply_override(container: Any, key: str, value: Any) -> None:
         value = dataclasses.replace(owner, **{attribute: value})  # checks it again
 
 
-def _check_key(owner: Any, name: str, key: str) -> None:
-    known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+def _check_key(owner: Any, place: int, key: str) -> None:
+    """Raise ValueError unless `owner` has the field that stands at a place of a dotted key."""
+    parts = key.split(".")
+    name, known = parts[place], [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     if name in known:
         return
     near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {key.replace(name, near[0])}?" if near else f"choose one of {', '.join(known[:12])} ..."
+    meant = ".".join([*parts[:place], *near, *parts[place + 1 :]])
+    hint = f"did you mean {meant}?" if near else f"choose one of {', '.join(known[:12])} ..."
     raise ValueError(f"unknown key {key!r}: {type(owner).__name__} has no field {name!r}; {hint}")
 
 

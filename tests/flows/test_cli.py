@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.inputs import IMAGE_PARTS, MODEL_PARTS
+from flows.inputs import MODEL_PARTS
 from tests.processes import living, wait_until
 from wan_core.architecture import I2V_14B
+from wan_core.digests import IMAGE_PARTS
 
 WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
 

@@ -17,11 +17,10 @@ from wan_core.convert.adapters import holds_adapters, merged_weights
 from wan_core.convert.checkpoint import EMA, iteration_dir, read_architecture, read_weights
 from wan_core.convert.mapping import from_diffusers, to_diffusers
 from wan_core.convert.weights import DiffusersWeights, save_transformer
-from wan_core.digests import encoder_identity
+from wan_core.digests import IMAGE_PARTS, encoder_identity
 from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint, writing
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # taken from the reference folder as they are
-IMAGE_PARTS = ("image_encoder", "image_processor")  # of an image-to-video model, too
 
 
 def stage_fingerprint(config: ConvertConfig, trained: TrainRecord, model: Path) -> str:
