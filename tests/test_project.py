@@ -1,7 +1,10 @@
 """What the project promises about its own files."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,3 +142,12 @@ def test_the_demos_deployment_is_its_preset() -> None:
     assert TypeAdapter(PipelineConfig).validate_python(whole) == presets.get("wan_demo")
     for stage in ("encode", "shard", "train", "sample", "evaluate"):
         assert configs[f"flows/stages.py:{stage}", "demo"] == whole[stage]
+
+
+def test_ray_makes_no_environment_of_its_own() -> None:
+    """Which it does, for every worker, of what `uv run` starts."""
+    program = (
+        "import tasks\nfrom ray._private import ray_constants as ray\nassert not ray.RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
