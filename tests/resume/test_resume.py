@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 def run(out: Path, *names: str) -> Path:
     """Train these scenarios; all of them share one process that imports Megatron."""
     command = [sys.executable, "-m", "tests.resume.trainer", str(out), *names]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return out
