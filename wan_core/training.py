@@ -20,7 +20,7 @@ from megatron.bridge.training.pretrain import pretrain
 from wan_core import checkpoints
 from wan_core.checkpointing import Resume, prepare_resume
 from wan_core.config import TrainConfig
-from wan_core.convert.formats import readable
+from wan_core.convert.formats import loadable
 from wan_core.ema import AverageWeights
 from wan_core.metrics_log import MetricsLog
 from wan_core.recipes import WanConfigContainer, build
@@ -122,13 +122,9 @@ def run(
         bridge_setup._create_peft_pre_wrap_hook = lambda cfg, state: partial(
             bridge_setup._apply_peft_transformation, cfg.peft
         )
-    checkpoint, step = container.checkpoint, WanStep(container.flow_matching, container.validation.sigmas)
+    step = WanStep(container.flow_matching, container.validation.sigmas)
     bridge_train.get_forward_backward_func = partial(step.schedule, container.dataset)
-    with (
-        readable(checkpoint.load, checkpoint.ckpt_format) as checkpoint.load,
-        readable(checkpoint.pretrained_checkpoint, checkpoint.ckpt_format) as checkpoint.pretrained_checkpoint,
-        explained_end(container),
-    ):
+    with loadable(container.checkpoint), explained_end(container):
         pretrain(container, step, callbacks=[*extra, *callbacks(container, step, model, run_dir)])
     if wanted and rank == 0:
         write_record(run_dir, config, wanted, time.monotonic() - started)

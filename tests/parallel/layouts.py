@@ -34,10 +34,11 @@ LAYOUTS = (
 SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
 RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
 FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
-SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-fsdp-save")
+SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-save", "dp2-fsdp-save")
 LOADED = (
     "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
-    "load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
+    "load:dp2-fsdp-save", "dp2-fsdp-load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
+    "dp2-fsdp-load:dp2-save",
 )  # fmt: skip
 I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
 BASES = ("one-long", "single", "one-i2v")

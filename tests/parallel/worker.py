@@ -35,7 +35,7 @@ from megatron.bridge.training.pretrain import pretrain  # noqa: E402
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config, read_train_state  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
-from wan_core.convert.formats import readable  # noqa: E402
+from wan_core.convert.formats import loadable  # noqa: E402
 from wan_core.data.batch import Pack  # noqa: E402
 from wan_core.data.synthetic import SyntheticConfig  # noqa: E402
 from wan_core.dataset import WanDatasetProvider  # noqa: E402
@@ -227,7 +227,7 @@ def run(layout: Layout, out: Path, steps: int, extra: list[str]) -> float:
         cached.cache_clear()
     bridge_initialize.compile_helpers = lambda: None  # GPT dataset helpers; pip's package has no Makefile for them
     config, recorder = container(layout, out, steps, extra), Recorder()
-    with readable(config.checkpoint.load, config.checkpoint.ckpt_format) as config.checkpoint.load:
+    with loadable(config.checkpoint):
         pretrain(config, WanStep(config.flow_matching), callbacks=[recorder])
     recorder.save(folder / f"rank{dist.get_rank()}.pt")
     return time.perf_counter() - since

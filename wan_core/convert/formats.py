@@ -42,6 +42,21 @@ OWN = (".metadata", "metadata.json", "run_config.yaml")  # files that a view has
 
 
 @contextlib.contextmanager
+def loadable(checkpoint: Any) -> Iterator[None]:
+    """In this context, the folders that Bridge's `checkpoint` section loads are in its own format.
+
+    A view has no random state, so Bridge is told not to look for one: noise follows from each sample's own seed.
+    """
+    load, wanted = checkpoint.load, checkpoint.ckpt_format
+    with (
+        readable(load, wanted) as checkpoint.load,
+        readable(checkpoint.pretrained_checkpoint, wanted) as checkpoint.pretrained_checkpoint,
+    ):
+        checkpoint.load_rng = checkpoint.load_rng and checkpoint.load == load
+        yield
+
+
+@contextlib.contextmanager
 def readable(load: str | None, wanted: str) -> Iterator[str | None]:
     """A `checkpoint.load` in the wanted format: itself, or a view that lives as long as this context.
 
@@ -73,7 +88,7 @@ def write_view(folder: Path, view: Path, wanted: str) -> None:
         if path.name not in OWN:
             (view / path.name).symlink_to(path)
     config = yaml.safe_load((folder / "run_config.yaml").read_text(encoding="utf-8"))
-    config["checkpoint"] |= {"ckpt_format": wanted, "save_rng": False}  # noise follows from each sample's own seed
+    config["checkpoint"] |= {"ckpt_format": wanted, "save_rng": False}
     (view / "run_config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     metadata = FileSystemReader(folder).read_metadata()
     if wanted == "torch_dist":
