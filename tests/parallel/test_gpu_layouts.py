@@ -47,7 +47,7 @@ def test_fsdp_equals_one_gpu(runs: Path, name: str) -> None:
     assert len(run.losses) >= 10
     assert errors.loss <= 1e-2
     # Of the whole gradient: some modules' is what cancellation leaves at random weights, in bfloat16 mere noise. One
-    # GPU with the samples in two packs instead of one is as far from it (docs/benchmarks/h100x2.md).
+    # GPU with the samples in two packs instead of one is as far from it (docs/benchmarks/two_gpus.md).
     assert errors.whole_cosine >= 0.999
     assert not run.differing
 
