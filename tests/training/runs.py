@@ -20,7 +20,7 @@ SETTINGS = (
     "dataset.mock_shapes=[3x4x4,2x4x6,1x4x4]", "dataset.tokens_per_pack=64", "logger.log_interval=1",
     "optimizer.lr=1e-2", "scheduler.lr_decay_style=constant", "scheduler.lr_warmup_iters=0", "dataset.num_workers=0",
 )  # fmt: skip
-AVERAGED = (*SETTINGS, "optimizer.ema_decay=0.9")
+AVERAGED = (*SETTINGS, "optimizer.ema_decay=0.9", "optimizer.clip_grad=0.5")
 SAMPLED = (
     "samples.interval=1", f"samples.prompts={PROMPTS}", "samples.height=32", "samples.width=32", "samples.num_frames=5",
     "samples.num_steps=2", "samples.negative_prompt=a",

@@ -72,6 +72,16 @@ def test_average_is_its_recurrence(runs: Path) -> None:
     torch.testing.assert_close(second[EMA + name], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_gradients_are_clipped_together(runs: Path) -> None:
+    """Adam's first moment after one step is 0.1 times the gradient, whose norm over all weights is cut to 0.5."""
+    line = json.loads((runs / "plain" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["grad_norm"] > 0.6, "logged as it was before"
+    first = checkpoint(runs, "plain", 1)
+    moments = read_tensors(first, [name for name in tensor_names(first) if ".exp_avg." in name])
+    norm = math.sqrt(sum(float(moment.double().square().sum()) for moment in moments.values()))
+    assert norm / (1 - 0.9) == pytest.approx(0.5, rel=1e-4)
+
+
 def test_average_is_exported(runs: Path, tmp_path: Path) -> None:
     folder = checkpoint(runs, "plain", 2)
     stage.export(folder, runs / "model", tmp_path / "ema", weights="ema")
