@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 START_ATTEMPTS = 3
+START_ERRORS = ("timed out during startup", "Failed to connect to GCS")  # what Ray says on a loaded machine
 RESTART_SECONDS = 300.0  # for Ray to start a lost worker again, on a loaded machine
 READY_RETRIES = 3  # of a worker that dies while it loads its encoders
 OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
@@ -187,8 +188,9 @@ def start_local(num_cpus: int, options: dict[str, Any]) -> None:
             )  # fmt: skip
             return
         except Exception as error:  # Ray gives its node 30 s, not to be changed, which a loaded machine exceeds
-            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
+            if not any(text in str(error) for text in START_ERRORS) or attempt == START_ATTEMPTS:
                 raise
+            ray.shutdown()  # what it takes for connected
             for pid in children() - before:  # and it forgets what it has started by then
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
