@@ -6,18 +6,16 @@ The same clips give the same number on every run, so two models can be compared 
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_core.config import check
-from wan_core.data.samples import decode_member, first_frame_of
+from wan_core.data.samples import first_frame_of
+from wan_core.data.table import SampleTable
 from wan_core.first_frame import FirstFrame, behind, pack_first_frames
 from wan_core.flow_matching import (
     NUM_TRAIN_TIMESTEPS,
@@ -45,16 +43,11 @@ class Validation:
 
 def held_out(dataset: Path) -> Iterator[tuple[str, Tensor, Tensor, FirstFrame | None]]:
     """Key, latents [C, T, H, W], text embeddings [n, text_dim] and first frame (of an image-to-video dataset) of the
-    clips in the `val` shards of an index."""
-    for shard in sorted(dataset.glob("val-*.tar")):
-        with tarfile.open(shard) as tar:
-            for key, group in groupby(tar, lambda member: member.name.partition(".")[0]):
-                members: dict[str, Any] = {}
-                for member in group:
-                    file = tar.extractfile(member)
-                    assert file is not None, member.name
-                    members[member.name.partition(".")[2]] = decode_member(member.name, file.read())
-                yield key, members["pth"], members["pickle"], first_frame_of(members)
+    clips in an index's `val` split."""
+    table = SampleTable.read(dataset, "val")
+    for index, key in enumerate(table.keys):
+        members = table.load(index)
+        yield str(key), members["pth"], members["pickle"], first_frame_of(members)
 
 
 def noise_for(key: str, latents: Tensor) -> Tensor:
@@ -90,6 +83,5 @@ def run(model: Path, dataset: Path, device: str | None = None) -> Validation:
                 predicted = transformer(patches, timesteps, rows, packing, image_embeds)
                 row.append((predicted.float() - target).square().mean().item())
             losses.append(row)
-    check(bool(losses), f"{dataset} has no val split to compare models on; raise shard.val_share, or add clips")
     means = torch.tensor(losses, dtype=torch.float64).mean(0)
     return Validation(float(means.mean()), tuple(means.tolist()), tuple(sigmas.tolist()), len(losses))
