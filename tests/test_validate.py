@@ -74,5 +74,5 @@ def test_loss_of_image_to_video_is_that_of_diffusers(tiny_i2v_model: Path, datas
 
 
 def test_a_dataset_without_validation_split_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no val samples; add clips, raise shard.val_share"):
+    with pytest.raises(ValueError, match="has no val samples; add clips"):
         validate.run(tiny_model, make_dataset(tmp_path, 2, 0.0), device="cpu")
