@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from megatron.bridge.training.callbacks import CallbackContext
 from PIL import Image, ImageDraw
 
 from wan_core.demo.checker import check_clip, parse_caption
 from wan_core.demo.videos import PALETTE
+from wan_core.pictures import ACCENT, GREY, plain_axes
 from wan_core.sample import Condition
+from wan_core.training_run import METRICS_NAME, read_lines
 from wan_core.training_samples import SamplesConfig, SampleVideos, device
 
 KINDS = ("colour", "shape", "direction")
@@ -67,11 +70,12 @@ class Score(SampleVideos):
         self.show(context, iteration, frames[:: max(1, len(frames) // 16)])
 
     def write(self, out: Path, name: str) -> None:
-        """`results-<name>.json` and `samples-<name>.png`, each prompt's first video."""
+        """`results-<name>.json`, `curves-<name>.png`, and each prompt's first video in `samples-<name>.png`."""
         prompts = self.config.prompts
         name_of_device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         result = {"device": name_of_device, "torch": torch.__version__, "final": self.curve[-1], "curve": self.curve}
         (out / f"results-{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        curves(self.curve, list(read_lines(self.folder.parent / METRICS_NAME)), out / f"curves-{name}.png")
         first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)]
         sheet([prompts[i] for i in first], [self.frames[i] for i in first], out / f"samples-{name}.png")
 
@@ -84,6 +88,26 @@ def accuracy(prompts: tuple[str, ...], frames: list[np.ndarray]) -> dict[str, fl
         marks.append([getattr(asked, kind) == getattr(seen, kind) for kind in KINDS])
     shares = np.mean(marks, axis=0)
     return {kind: round(float(share), 4) for kind, share in zip(KINDS, shares, strict=True)} | {"videos": len(marks)}
+
+
+def curves(scores: list[dict[str, Any]], metrics: list[dict[str, Any]], path: Path) -> None:
+    """The loss over the steps, and beside it the accuracies of each group of prompts."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    groups = [name for name, value in scores[0].items() if isinstance(value, dict)]
+    loss, *panels = figure.subplots(1, 1 + len(groups))
+    loss.plot([line["iteration"] for line in metrics], [line["loss"] for line in metrics], color=ACCENT)
+    plain_axes(loss, "loss")
+    loss.set_ylim(bottom=0)
+    for axes, group in zip(panels, groups, strict=True):
+        for kind, colour in zip(KINDS, (ACCENT, "#e0813a", "#2f9e6e"), strict=True):
+            shares = [100 * row[group][kind] for row in scores]
+            axes.plot([row["iteration"] for row in scores], shares, color=colour, marker="o", markersize=4, label=kind)
+        plain_axes(axes, f"{group}: % right")
+        axes.set_ylim(0, 104)
+        axes.legend(frameon=False, fontsize=9, labelcolor=GREY, loc="lower right")
+    for axes in (loss, *panels):
+        axes.set_xlabel("step", fontsize=9, color=GREY)
+    figure.savefig(path, dpi=110, facecolor="white")
 
 
 def sheet(prompts: list[str], frames: list[np.ndarray], path: Path) -> None:

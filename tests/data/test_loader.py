@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -53,6 +54,26 @@ def test_the_order_does_not_depend_on_ranks_or_on_where_a_run_resumed(dataset: P
         found += more
         assert place.pack == len(found)
     assert found == whole[: len(found)]
+
+
+def test_stratified_levels_spread_over_each_step() -> None:
+    """Of the n samples that a step takes, in packs or in a number of samples, no level is further from the next than
+    2 / n on the circle of levels; and nothing else of a sample changes."""
+    lengths = (np.random.default_rng(0).integers(4, 30, 50),)
+    plain, spread = (PackStream(lengths, (1.0,), 90, 40, 0.3, 7, stratified) for stratified in (False, True))
+    by_pack = [pack for _, pack in islice(spread.packs(Position()), 40)]
+    samples = iter(spread.draws(0))
+    for step in (*by_pack, *(list(islice(samples, 16)) for _ in range(40))):
+        levels = sorted((draw.seed >> 30) / 2**32 for draw in step)
+        gaps = [after - before for before, after in zip(levels, [*levels[1:], levels[0] + 1], strict=True)]
+        assert max(gaps) <= 2 / len(levels)
+    assert max(map(len, by_pack)) > 4
+
+    def rest(draws: Iterable[Draw]) -> list[Draw]:
+        return [replace(draw, seed=draw.seed % 2**30) for draw in draws]
+
+    assert list(map(rest, by_pack)) == [rest(pack) for _, pack in islice(plain.packs(Position()), 40)]
+    assert rest(islice(spread.draws(0), 100)) == rest(islice(plain.draws(0), 100))
 
 
 def test_a_place_without_its_window_is_found(dataset: Path) -> None:

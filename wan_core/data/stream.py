@@ -7,8 +7,9 @@ many ranks or worker processes read it, and a run that resumes on other ranks go
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class PackStream:
     buffer_size: int
     caption_dropout: float
     seed: int
-    stratified: bool = False  # noise levels of consecutive samples cover all of them evenly
+    stratified: bool = False  # the noise levels of each step's samples cover all of them evenly
     _orders: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class PackStream:
         """The samples from draw `number` on, in order, in no packs."""
         window, skipped = divmod(number, self.buffer_size)
         while True:
-            yield from self._draws(window)[skipped:]
+            yield from self._stratified(self._draws(window), window)[skipped:]
             window, skipped = window + 1, 0
 
     def window(self, window: int) -> list[list[Draw]]:
@@ -89,7 +90,16 @@ class PackStream:
         draws = self._draws(window)
         lengths = [int(self.num_tokens[draw.source][draw.index]) for draw in draws]
         packs = [[draws[i] for i in pack] for pack in first_fit_decreasing(lengths, self.tokens_per_pack)]
-        return [packs[i] for i in np.argsort(self._random(len(packs), 2, window), kind="stable")]
+        packs = [packs[i] for i in np.argsort(self._random(len(packs), 2, window), kind="stable")]
+        spread = iter(self._stratified(chain.from_iterable(packs), window))
+        return [list(islice(spread, len(pack))) for pack in packs]
+
+    def _stratified(self, draws: Iterable[Draw], window: int) -> list[Draw]:
+        """A window's draws, in the order in which steps take them: of a step's levels, few lie close together."""
+        if not self.stratified:
+            return list(draws)
+        first = window * self.buffer_size
+        return [replace(draw, seed=stratified_seed(draw.seed, number)) for number, draw in enumerate(draws, first)]
 
     def _draws(self, window: int) -> list[Draw]:
         begins, ends = self._drawn(window), self._drawn(window + 1)
@@ -97,8 +107,6 @@ class PackStream:
         random = self._random(2 * len(places), 1, window).reshape(-1, 2)
         dropped = random[:, 1] < self.caption_dropout * 2.0**64
         seeds = [int(seed >> 2) for seed in random[:, 0]]
-        if self.stratified:
-            seeds = [stratified_seed(seed, window * self.buffer_size + turn) for turn, seed in enumerate(seeds)]
         return [
             Draw(source, self._sample(source, place), seed, bool(drop))
             for (source, place), seed, drop in zip(places, seeds, dropped, strict=True)
