@@ -36,7 +36,7 @@ def wan_demo() -> PipelineConfig:
         train=TrainConfig(recipe="wan_demo", mode="pretrain"),
         sample=SampleConfig(
             prompts=held_out_prompts() * 3, negative_prompt="", size=Size(48, 48), num_frames=9, num_steps=20,
-            guidance_scale=4.0, shift=3.0, dtype="float32", batch_tokens=4096,
+            guidance_scale=2.5, shift=3.0, dtype="float32", batch_tokens=4096,
         ),
         evaluate=EvaluateConfig(checker="shapes"),
     )  # fmt: skip
