@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, get_args
@@ -76,6 +77,9 @@ def sources(path: Path, split: str) -> list[tuple[Path, float]]:
     return [(path.parent / entry["path"], float(entry.get("weight", 1.0))) for entry in entries]
 
 
+KEPT_BYTES = 64 << 20  # a dataset below this is decoded once: small samples cost 2 ms each, whatever their size
+
+
 class _Packs(Dataset[Any]):
     """Reads the samples of a pack; runs in the workers. What is damaged comes back as a value, without a traceback."""
 
@@ -84,6 +88,8 @@ class _Packs(Dataset[Any]):
         stand_in: Sequence[Draw] = (),
     ) -> None:  # fmt: skip
         self.tables, self.dropped_text, self.sigmas, self.stand_in = tables, dropped_text, sigmas, stand_in
+        small = sum(int(table.sizes.sum()) for table in tables) <= KEPT_BYTES
+        self.load = cache(self._load) if small else self._load  # in each worker
 
     def __getitem__(self, draws: Sequence[Draw]) -> Pack | ValueError:
         chosen = draws or self.stand_in
@@ -96,9 +102,12 @@ class _Packs(Dataset[Any]):
             pack.sigmas = [self.sigmas[draw.sigma] for draw in chosen]
         return pack
 
+    def _load(self, source: int, index: int) -> dict[str, Any]:
+        return self.tables[source].load(index)
+
     def sample(self, draw: Draw) -> TrainingSample:
         table = self.tables[draw.source]
-        key, members = str(table.keys[draw.index]), table.load(draw.index)
+        key, members = str(table.keys[draw.index]), self.load(draw.source, draw.index)
         sample = TrainingSample(
             __key__=key, __restore_key__=(), latents=members["pth"], seed=draw.seed,
             text_embeds=self.dropped_text if draw.drop_caption else members["pickle"],
