@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from wan_core.config import check
 
@@ -50,6 +51,9 @@ class WanOptimizerConfig(OptimizerConfig):
         for part in parts(optimizer):
             if isinstance(part, DistributedOptimizer):
                 part.__class__ = AveragingOptimizer if self.ema_decay else ReshardableOptimizer
+        if not torch.cuda.is_available():  # torch's AdamW, which else makes a dozen passes over each small tensor
+            for group in (group for part in parts(optimizer) for group in part.optimizer.param_groups):
+                group["fused"] = not any(isinstance(weight, DTensor) for weight in group["params"])
         if self.ema_decay:
             for part in parts(optimizer):
                 if hasattr(part.optimizer, "name_to_dtype_map"):  # Transformer Engine's asks it for every entry

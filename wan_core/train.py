@@ -9,6 +9,7 @@ This module stays light: checkpoint writers are spawned processes that import it
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main() -> None:
         from wan_core.training import run
 
         run(config, args.model, args.dataset, args.run_dir, args.config_file, args.mock)
+        gc.freeze()  # the interpreter's last collection would walk through all of Megatron, for 3 s
     except ValueError as error:
         sys.exit(f"wan_core.train: {error}")
 
