@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def claim(run_dir: Path, wanted: dict[str, Any]) -> None:
     path = run_dir / IDENTITY_NAME
     if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        temporary = path.with_name(f".{IDENTITY_NAME}.{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        temporary.replace(path)  # whole at once: the other ranks look, too
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for key in (key for key in wanted if key in found):
