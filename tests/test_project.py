@@ -144,6 +144,14 @@ def test_the_demos_deployment_is_its_preset() -> None:
         assert configs[f"flows/stages.py:{stage}", "demo"] == whole[stage]
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 30
+    assert [f"{page.name}: {link}" for page, link in local if not (page.parent / link).exists()] == []
+
+
 def test_ray_makes_no_environment_of_its_own() -> None:
     """Which it does, for every worker, of what `uv run` starts."""
     program = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def test_a_run_goes_on_with_its_own_noise_levels_alone(tmp_path: Path) -> None:
         f"{tmp_path / 'run'} was started with flow_matching.shift=3.0, now it is 5.0; "
         "resume with the same value, or choose another run folder"
     )
+
+
+def test_ranks_claim_a_folder_together(tmp_path: Path) -> None:
+    """None of them sees what another has half written."""
+    wanted = {f"field{number}": "x" * 1000 for number in range(200)}
+    with ThreadPoolExecutor(8) as ranks:
+        for number in range(40):
+            for done in [ranks.submit(claim, tmp_path / str(number), wanted) for _ in range(8)]:
+                done.result()
+            assert len(list((tmp_path / str(number)).iterdir())) == 1
 
 
 def test_the_mode_is_no_secret_override(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it has its old content or its new one, whenever the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that it has its old content or its new one, whenever a reader looks or the machine stops."""
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}-{threading.get_ident()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wan_core.architecture import Architecture
+from wan_core.checkpoints import write_whole
 from wan_core.config import TrainConfig, check, identity
 from wan_core.digests import cached_file_digest, encoder_identity
 from wan_core.records import (
@@ -114,9 +114,7 @@ def claim(run_dir: Path, wanted: dict[str, Any]) -> None:
     path = run_dir / IDENTITY_NAME
     if not path.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{IDENTITY_NAME}.{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        temporary.replace(path)  # whole at once: the other ranks look, too
+        write_whole(path, json.dumps(wanted, indent=1))  # the other ranks look, too
         return
     found = json.loads(path.read_text(encoding="utf-8"))
     for key in (key for key in wanted if key in found):

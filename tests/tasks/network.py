@@ -12,11 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tasks.process import Process
 from tests.processes import wait_until
 
 PORT = 6379
 START_ATTEMPTS = 5
+NEEDED = [  # marks of the tests that use this
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        (os.geteuid() != 0 or not shutil.which("ip")) and "CI" not in os.environ,
+        reason="network namespaces need root and iproute2",
+    ),
+]
 
 
 def said(process: Process, text: str) -> bool:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.flows.test_encode import CONFIG, make_clips
 from tests.processes import wait_until
-from tests.tasks.network import PORT, ip, machines
+from tests.tasks.network import NEEDED, PORT, ip, machines
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        (os.geteuid() != 0 or not shutil.which("ip")) and "CI" not in os.environ,
-        reason="network namespaces need root and iproute2",
-    ),
-]
+pytestmark = NEEDED
 CLIPS = 12
 
 # A worker that takes its time, and notes who began what; on the path of both machines.
@@ -55,8 +46,8 @@ tasks.workers.EncodeWorker = SlowWorker
 
 @flow
 def encoded():
-    # two cores each, so that Ray puts one worker on each machine
-    return encode(Workspace(folder / "work", "t"), CONFIG, RayConfig(address, 2, 0.0, 2.0), videos, model)
+    ray = RayConfig(address, actors=2, cpus_per_actor=2.0)  # all cores of a machine each: Ray puts one on each
+    return encode(Workspace(folder / "work", "t"), CONFIG, ray, videos, model)
 
 with prefect_api(folder / "prefect"):
     record = encoded()
@@ -76,8 +67,8 @@ def test_a_lost_machine_costs_its_part_another_try_and_no_clip(tmp_path: Path, t
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, "-c", DRIVER, *map(str, (tmp_path, videos, tiny_model, f"{head.address}:{PORT}"))]
-        log = (tmp_path / "driver.log").open("w")
-        driver = subprocess.Popen(head.command(*command), env=environment, stdout=log, stderr=log)
+        with (tmp_path / "driver.log").open("w") as log:
+            driver = subprocess.Popen(head.command(*command), env=environment, stdout=log, stderr=log)
 
         def work() -> set[str]:
             """Parts that the other machine has begun."""

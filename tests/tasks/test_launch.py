@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import LaunchError
-from tasks.launch import launch
+from tasks.launch import environment, launch
 from tasks.process import MARK, Process
 from wan_core.config import LaunchConfig
 
@@ -49,10 +49,19 @@ def test_rank_0_is_streamed_and_every_rank_logs(on_path: Path) -> None:
     lines: list[str] = []
     name = program(on_path, "print('hello from', rank, sys.argv[1:], os.environ['OMP_NUM_THREADS'])")
     launch(LaunchConfig(processes_per_node=2), [name, "--steps", "3"], on_path / "logs", on_line=lines.append)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2 - 1)))
+    threads = environment(LaunchConfig(processes_per_node=2))["OMP_NUM_THREADS"]
     assert [line for line in lines if "hello" in line] == [f"hello from 0 ['--steps', '3'] {threads}"]
     written = sorted(path.read_text() for path in (on_path / "logs").rglob("stdout.log"))
     assert [text.split()[2] for text in written] == ["0", "1"]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, "1"), (3, "1"), (8, "3")])
+def test_ranks_share_cores_with_their_data_workers(monkeypatch: pytest.MonkeyPatch, cores: int, threads: str) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert environment(LaunchConfig(processes_per_node=2))["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert environment(LaunchConfig(processes_per_node=2))["OMP_NUM_THREADS"] == "5"
 
 
 def test_error_carries_the_failing_ranks_last_lines(on_path: Path) -> None:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.tasks.network import NEEDED, PORT, Machine, machines
 
-from tests.tasks.network import PORT, Machine, machines
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        (os.geteuid() != 0 or not shutil.which("ip")) and "CI" not in os.environ,
-        reason="network namespaces need root and iproute2",
-    ),
-]
+pytestmark = NEEDED
 
 # Sums over all ranks of all machines, `steps` times; the count survives in a file, as checkpoints do.
 RANK = """
