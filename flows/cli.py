@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from flows.demo import make_inputs
-from flows.inputs import check_images, checked_model, checked_videos, given_or_newest
+from flows.inputs import check_images, check_training, checked_model, checked_videos, given_or_newest
 from flows.overrides import apply_overrides, described_keys, sentence
 from flows.parameters import PARAMETERS, SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from flows.terminal import Display, console, log_records_to_file, log_to_file, summary
@@ -149,6 +149,7 @@ def run(
     check_stage(refresh)
     config, videos, model = configured(recipe, overrides, name), checked_videos(videos), checked_model(model)
     check_images(config.sample, model)
+    check_training(config.train, config.launch, model)
     execute(
         workspace, "flows.end_to_end", "end_to_end", *EVERY_STAGE,
         config=config, videos=videos, model=model, refresh=refresh,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flows.flow import wan_flow
-from flows.inputs import check_images, checked_model, checked_videos
+from flows.inputs import check_images, check_training, checked_model, checked_videos
 from tasks.convert import convert
 from tasks.encode import encode
 from tasks.evaluate import evaluate
@@ -24,6 +24,7 @@ def end_to_end(
     """All seven stages; those whose output is there already are found, not run."""
     run, videos, model = Workspace(workspace, config.name, refresh), checked_videos(videos), checked_model(model)
     check_images(config.sample, model)
+    check_training(config.train, config.launch, model)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)
     indexed = index(run, config.index, sharded, model)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tasks.layout import newest, stage_folder
+from wan_core import layout
 from wan_core.architecture import Architecture
-from wan_core.config import SampleConfig, Stage, check
+from wan_core.config import LaunchConfig, SampleConfig, Stage, TrainConfig, check
 from wan_core.data.folder import checked_folder
 from wan_core.digests import IMAGE_PARTS, sees_images
 from wan_core.records import RECORD_NAME, Record, find_record, load_record
@@ -47,6 +48,15 @@ def check_images(config: SampleConfig, model: Path) -> None:
         ValueError: prompts of an image-to-video model have none, or those of a text-to-video model have some.
     """
     Architecture.from_diffusers(model).check_images(config.images, len(config.prompts))
+
+
+def check_training(config: TrainConfig, launch: LaunchConfig, model: Path) -> None:
+    """Look at the layout of the training to come.
+
+    Raises:
+        ValueError: the model cannot be split like that, or not over so many ranks.
+    """
+    layout.check_training(config, Architecture.from_diffusers(model), launch.nodes * launch.processes_per_node)
 
 
 def given_or_newest[R: Record](kind: type[R], stage: Stage, workspace: Path, name: str, folder: Path | None) -> R:

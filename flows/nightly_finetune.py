@@ -9,7 +9,7 @@ from typing import Any
 from prefect.states import Completed, State
 
 from flows.flow import wan_flow
-from flows.inputs import check_images, checked_model, checked_videos
+from flows.inputs import check_images, check_training, checked_model, checked_videos
 from tasks.artifacts import publish_validation
 from tasks.convert import convert
 from tasks.encode import encode
@@ -30,6 +30,7 @@ def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace
     """
     run, videos, model = Workspace(workspace, config.name), checked_videos(videos), checked_model(model)
     check_images(config.sample, model)
+    check_training(config.train, config.launch, model)
     good = load_promoted(run.root, config.name)
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)

@@ -17,7 +17,7 @@ import tasks.sample
 import tasks.shard
 import tasks.train
 from flows.flow import wan_flow
-from flows.inputs import checked_model, checked_videos, given_or_newest
+from flows.inputs import check_training, checked_model, checked_videos, given_or_newest
 from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from tasks.stage import Outcome, Workspace
 from wan_core.config import (
@@ -79,6 +79,7 @@ def train(
 ) -> list[Outcome]:
     """One training run under torchrun."""
     run, model = Workspace(workspace, name, "train" if refresh else None), checked_model(model)
+    check_training(config, launch, model)
     indexed = given_or_newest(IndexRecord, "index", workspace, name, dataset)
     tasks.train.train(run, config, indexed, model, launch, ray)
     return run.outcomes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from flows.flow import wan_flow
-from flows.inputs import checked_model, given_or_newest
+from flows.inputs import check_training, checked_model, given_or_newest
 from tasks.convert import convert
 from tasks.stage import Outcome, Workspace
 from tasks.train import train
@@ -20,6 +20,7 @@ def train_and_convert(
 ) -> list[Outcome]:
     """The body of both flows: `mode` replaces the config's own."""
     model = checked_model(model)
+    check_training(config.train, config.launch, model)
     indexed = given_or_newest(IndexRecord, "index", run.root, config.name, dataset)
     trained = train(run, replace(config.train, mode=mode), indexed, model, config.launch, config.ray)
     convert(run, config.convert, trained, model)

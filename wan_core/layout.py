@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
-from wan_core.config import check
+from wan_core.architecture import Architecture
+from wan_core.config import TrainConfig, check
+from wan_core.recipe_values import recipe_values
+
+SIZES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
+DEFAULTS: dict[str, Any] = {  # megatron's
+    **dict.fromkeys(SIZES, 1), "sequence_parallel": False, "cp_comm_type": None, "recompute_granularity": None,
+    "recompute_modules": None,
+}  # fmt: skip
 
 
 def check_layout(config: Any) -> None:
@@ -52,6 +63,39 @@ def check_layout(config: Any) -> None:
         not config.sequence_parallel or tp > 1,
         f"sequence_parallel=true needs tensor_model_parallel_size > 1, which is {tp}; set sequence_parallel=false",
     )
+
+
+def check_ranks(config: Any, ranks: int) -> None:
+    """Refuse a number of ranks that a layout does not divide.
+
+    Raises:
+        ValueError: names both, and the numbers of ranks below and above.
+    """
+    sizes = {name: getattr(config, name) for name in SIZES}
+    one = math.prod(sizes.values())  # ranks that hold one copy of the model
+    named = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    check(
+        ranks % one == 0,
+        f"{ranks} ranks (nodes x processes_per_node) are no multiple of {named}; start "
+        + " or ".join(str(near) for near in (ranks // one * one, ranks // one * one + one) if near)
+        + ", or choose other sizes",
+    )
+
+
+def check_training(config: TrainConfig, architecture: Architecture, ranks: int) -> None:
+    """Refuse the layout of a training run before any work starts: the recipe's, with its overrides.
+
+    Raises:
+        ValueError: it cannot work, or not on so many ranks.
+    """
+    prefix = "model."
+    values = {key.removeprefix(prefix): value for key, value in recipe_values(config) if key.startswith(prefix)}
+    layout = SimpleNamespace(**{**DEFAULTS, **asdict(architecture), **values})
+    for name in (*SIZES, "num_attention_heads", "num_layers"):
+        value = getattr(layout, name)
+        check(type(value) is int and value >= 1, f"model.{name}={value!r} is not a number from 1 on")
+    check_layout(layout)
+    check_ranks(layout, ranks)
 
 
 def check_fsdp(config: Any) -> None:

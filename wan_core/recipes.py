@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import yaml
 from megatron.bridge.training.config import (
     ConfigContainer,
     DistributedDataParallelConfig,
@@ -31,14 +30,14 @@ from wan_core.dataset import WanDatasetProvider
 from wan_core.ema import WanOptimizerConfig
 from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
+from wan_core.layout import check_layout, check_ranks
 from wan_core.lora import LoraConfig
 from wan_core.model.provider import WanProvider
 from wan_core.overrides import apply_override
+from wan_core.recipe_values import ARCHITECTURE, recipe_values
 from wan_core.stability import StabilityConfig
 from wan_core.training_samples import SamplesConfig
 from wan_core.validation import WanValidationConfig
-
-RECIPES = Path(__file__).parent / "conf"
 
 
 @dataclass(kw_only=True)
@@ -72,10 +71,20 @@ class WanConfigContainer(ConfigContainer):
         self.dataset.validation_packs_per_step = validation.eval_global_batch_size
         validation.eval_iters = self.dataset.num_validation_packs // validation.eval_global_batch_size
 
+    def get_data_parallel_size(self, world_size: int) -> int:
+        """Bridge's, which asks for it before anything else.
+
+        Raises:
+            ValueError: the layout cannot work, or not on so many ranks.
+        """
+        check_layout(self.model)
+        check_ranks(self.model, world_size)
+        return int(super().get_data_parallel_size(world_size))
+
     @property
     def data_ranks(self) -> int:
         """Data-parallel ranks that the layout leaves."""
-        return int(self.get_data_parallel_size(int(os.environ.get("WORLD_SIZE", 1))))
+        return self.get_data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
 
     def validate(self) -> None:
         """Bridge's checks, and those of packing.
@@ -95,17 +104,6 @@ class WanConfigContainer(ConfigContainer):
         super().validate()
 
 
-def recipe_path(name: str) -> Path:
-    """The YAML of a recipe.
-
-    Raises:
-        ValueError: there is no recipe of this name.
-    """
-    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    check(name in known, f"recipe {name!r} does not exist; choose one of {', '.join(known)}, or give --config-file")
-    return RECIPES / f"{name}.yaml"
-
-
 def build(
     config: TrainConfig, *, model_dir: Path | None, dataset_dir: Path | None, run_dir: Path | None,
     config_file: Path | None = None, mock: bool = False,
@@ -120,10 +118,9 @@ def build(
     Raises:
         ValueError: a key is unknown, a value has the wrong type, or values do not go together.
     """
-    recipe = yaml.safe_load(recipe_path(config.recipe).read_text(encoding="utf-8"))
-    user = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {} if config_file else {}
-    size = user.pop("architecture", recipe.pop("architecture", "t2v-1.3B"))
-    recipe.pop("architecture", None)
+    given = recipe_values(config, config_file)
+    size = dict(given).get(ARCHITECTURE, "t2v-1.3B")
+    given = [(key, value) for key, value in given if key != ARCHITECTURE]
     architecture = Architecture.from_diffusers(model_dir) if model_dir else ARCHITECTURES[size]
     container = defaults(architecture, config)
     if model_dir is not None and config.mode == "finetune":
@@ -134,15 +131,6 @@ def build(
     if run_dir is not None:
         container.checkpoint.save = container.checkpoint.load = str(run_dir / "checkpoints")
         container.logger.tensorboard_dir = str(run_dir / "tensorboard")
-    given = [
-        (f"{section}.{key}", value)
-        for values in (recipe, user)
-        for section, entries in values.items()
-        for key, value in entries.items()
-    ]
-    for text in config.overrides:
-        key, _, value = text.partition("=")
-        given.append((key.strip(), yaml.safe_load(value)))
     for key, value in given:
         apply_override(container, key, value)
     if "logger.tensorboard_log_interval" not in dict(given):  # of Bridge's curves: loss, learning rate, gradient norm

@@ -14,7 +14,7 @@ import pytest
 
 from flows.inputs import MODEL_PARTS
 from tests.processes import living, wait_until
-from wan_core.architecture import I2V_14B
+from wan_core.architecture import I2V_14B, T2V_1_3B
 from wan_core.digests import IMAGE_PARTS
 
 WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
@@ -30,6 +30,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name in ("videos", "model/vae", "model/tokenizer", "whole/vae", "whole/text_encoder", "whole/tokenizer"):
         (root / name).mkdir(parents=True)
     (root / "whole/transformer").mkdir()
+    config = {"_class_name": "WanTransformer3DModel", **T2V_1_3B.to_diffusers()}
+    (root / "whole/transformer/config.json").write_text(json.dumps(config))
     for part in (*MODEL_PARTS, *IMAGE_PARTS):
         (root / "i2v" / part).mkdir(parents=True)
     config = {"_class_name": "WanTransformer3DModel", **I2V_14B.to_diffusers()}
@@ -48,6 +50,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ),
         ("run --videos {videos} --model {whole} --recipe wan_9b -w {workspace}", "'wan_9b' does not exist; choose one"),
         ("run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} encode.fsp=8", "mean encode.fps?"),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} model.tensor_model_parallel_size=5",
+            "num_attention_heads=12 is not divisible by tensor_model_parallel_size=5; choose one of 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} launch.processes_per_node=9 "
+            "model.tensor_model_parallel_size=2 model.context_parallel_size=2",
+            "9 ranks (nodes x processes_per_node) are no multiple of tensor_model_parallel_size=2 x "
+            "context_parallel_size=2; start 8 or 12, or choose other sizes",
+        ),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} model.context_parallel_size=x",
+            "model.context_parallel_size='x' is not a number from 1 on",
+        ),
         ("demo -w {workspace} --refresh shards", "names no stage; choose one of encode, shard"),
         ("shard --recipe wan_demo -w {workspace}", "has no finished output named demo; run `wan encode` first"),
         ("blend images -w {workspace} --name mix", "'images' is not DATASET=SHARE; write for example images=0.3"),

@@ -42,6 +42,8 @@ REFUSED = {  # what a user may get wrong, behind the name of a folder that it ma
     "counted": ("--mock", "dataset.batch_unit=samples"),
     "micro": ("--mock", "train.micro_batch_size=2"),
     "batch": ("--mock", "train.global_batch_size=0"),
+    "layout": ("--mock", "model.tensor_model_parallel_size=5"),
+    "ranks": ("--mock", "model.tensor_model_parallel_size=2"),
     "async": ("--mock", "checkpoint.async_save=true"),
     "adapters": ("--mock", "lora.dim=4"),
     "encoders": ("--mock", "samples.interval=2", "samples.prompts=[a]"),

@@ -201,6 +201,8 @@ def test_weights_and_biases_and_mlflow_get_the_same(runs: Path, monkeypatch: pyt
         ("counted", "dataset.batch_unit=samples needs a dataset; --mock makes whole packs, so set packs"),
         ("micro", "train.micro_batch_size=2, but a micro-batch is one pack; set it to 1"),
         ("batch", "train.global_batch_size=0 packs do not divide over 1 data-parallel ranks; choose 1 or 2"),
+        ("layout", "num_attention_heads=12 is not divisible by tensor_model_parallel_size=5; choose one of 1, 2, 3, 4"),
+        ("ranks", "1 ranks (nodes x processes_per_node) are no multiple of tensor_model_parallel_size=2; start 2, or "),
         ("async", "checkpoint.async_save=true needs a GPU"),
         ("adapters", "lora.dim=4 needs weights to adapt; give --training-mode finetune and --model"),
         ("encoders", "samples.interval needs a text encoder and a VAE; give --model, or samples.interval=0"),
