@@ -99,3 +99,21 @@ def test_images_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=sentence):
         next(sample.sample_videos(replace(CONFIG, images=given), model, None, CPU))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("t2v-2B", "--task t2v-2B is unknown; choose one of t2v-1.3B"),
+        ("t2v-14B", "--task t2v-14B, but the model is t2v-custom"),
+        ("i2v-custom", "give --task t2v-custom"),
+    ],
+)
+def test_another_task_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, sentence: str
+) -> None:
+    command = ["wan_core.sample", "--model", str(tiny_model), "--prompts", "a", "--task", task]
+    monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / "samples")])
+    with pytest.raises(SystemExit, match=sentence):
+        sample.main()
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ CUSTOM = ("t2v-custom", "i2v-custom")
 
 
 def check_task(task: str, architecture: Architecture) -> None:
-    """Refuse a task that names another size than the checkpoint has; sizes without a name pass as t2v- or i2v-custom.
+    """Refuse a task that names another size than the model has; sizes without a name pass as t2v- or i2v-custom.
 
     Raises:
         ValueError: names both.
@@ -29,7 +29,7 @@ def check_task(task: str, architecture: Architecture) -> None:
     check(task in known_tasks, f"--task {task} is unknown; choose one of {', '.join(known_tasks)}")
     custom = CUSTOM[architecture.image_dim > 0]
     name = next((name for name, known in ARCHITECTURES.items() if known == architecture), custom)
-    check(task == name, f"--task {task}, but the checkpoint is {name} ({architecture}); give --task {name}")
+    check(task == name, f"--task {task}, but the model is {name} ({architecture}); give --task {name}")
 
 
 def architecture_of(model: Path, checkpoint: Path | None) -> Architecture:

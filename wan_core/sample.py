@@ -220,7 +220,9 @@ def contact_sheet(videos: Sequence[Path], prompts: Sequence[str], path: Path, co
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="wan_core.sample", description="Sample videos from a checkpoint.")
-    result.add_argument("--task", default="t2v-1.3B", help="t2v-1.3B, t2v-14B, i2v-14B; checked against the checkpoint")
+    result.add_argument(
+        "--task", help="t2v-1.3B, t2v-14B, i2v-14B, or t2v-custom, i2v-custom for other sizes: what the model must be"
+    )
     result.add_argument(
         "--checkpoint_dir", type=Path, help="checkpoints of a training run (default: --model's own weights)"
     )
@@ -246,13 +248,12 @@ def main() -> None:
         if len(prompts) == 1 and prompts[0].endswith(".txt"):
             prompts = [line for line in Path(prompts[0]).read_text(encoding="utf-8").splitlines() if line.strip()]
         device = _device(None)
-        checkpoint = None
-        if args.checkpoint_dir is not None:
-            from wan_core.convert.checkpoint import iteration_dir, read_architecture
-            from wan_core.inference import check_task
+        from wan_core.convert.checkpoint import iteration_dir
+        from wan_core.inference import architecture_of, check_task
 
-            checkpoint = iteration_dir(args.checkpoint_dir, args.checkpoint_step)
-            check_task(args.task, read_architecture(checkpoint))
+        checkpoint = iteration_dir(args.checkpoint_dir, args.checkpoint_step) if args.checkpoint_dir else None
+        if args.task is not None:
+            check_task(args.task, architecture_of(args.model, checkpoint))
         from wan_core.encode.video import write_video
 
         args.output_dir.mkdir(parents=True, exist_ok=True)
