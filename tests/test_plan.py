@@ -78,7 +78,7 @@ def test_estimates_are_near_what_was_measured(layout: Layout, seconds: float, gi
     ],
 )
 def test_estimates_of_layouts_are_near_what_was_measured(layout: Layout, seconds: float, gib: float) -> None:
-    """docs/benchmarks/two_gpus.md: six layers of 14B's width, a pack for each data-parallel rank."""
+    """docs/benchmarks/multi_gpu.md: six layers of 14B's width, a pack for each data-parallel rank."""
     six = replace(T2V_14B, num_layers=6)
     found = estimate(Work(six, DEVICES["h100"], 2, 1, tokens=37_440, packs=layout.dp), layout)
     assert found.seconds == pytest.approx(seconds, rel=0.15)
