@@ -159,6 +159,7 @@ def _exchange(model: list[Any], optimizer: Any) -> None:
         part._copy_main_params_to_model_params()
     for chunk in model:
         if chunk.ddp_config.use_megatron_fsdp:
+            chunk.synchronize_param_gather()  # drops what it has gathered in advance
             chunk.start_param_sync()
         else:
             chunk.start_param_sync(force_sync=True)

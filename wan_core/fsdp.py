@@ -67,7 +67,7 @@ _megatron_sharded_state = DistributedOptimizer.sharded_param_state_fsdp_dtensor
 
 
 def _sharded_state(self: Any, is_loading: bool = False) -> dict[str, Any]:
-    """The optimizer's state for a checkpoint, with Adam's moments of every parameter on every rank.
+    """The optimizer's state for a checkpoint, with the moments of every parameter on every rank.
 
     Adam keeps none for a shard without elements, but to save, the ranks of a parameter ask each other where their
     parts begin: one without an answer would leave the others waiting.
@@ -76,7 +76,7 @@ def _sharded_state(self: Any, is_loading: bool = False) -> dict[str, Any]:
     for group in self.optimizer.param_groups:
         for parameter in group["params"]:
             state = result["state"].setdefault(self._param_name(parameter), {})
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in self.optimizer_state_keys:
                 state.setdefault(moment, torch.zeros_like(parameter))
     return result
 

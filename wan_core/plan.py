@@ -205,6 +205,9 @@ KEPT: dict[str | None, tuple[int, int, int]] = {
     "selective": (6, 3, 1),
     "full": (0, 1, 0),
 }
+# Of these, what Ulysses adds without recomputation: q, k, v and attention's output lie there before and after the
+# exchange, but q and k before it are not kept.
+EXCHANGED = 2
 
 
 def activation_bytes(work: Work, layout: Layout) -> float:
@@ -215,6 +218,8 @@ def activation_bytes(work: Work, layout: Layout) -> float:
 
     def kept(kind: str | None) -> float:
         split, whole, feed = KEPT[kind]
+        if kind is None and layout.cp > 1 and not layout.ring:
+            split += EXCHANGED
         return (split * unit + feed * wide) / layout.tp + whole * unit / outside
 
     layers = -(-a.num_layers // layout.pp)
@@ -274,7 +279,7 @@ def block_time(work: Work, layout: Layout) -> BlockTime:
         2 * matmul + moved(MOVED_BACKWARD) + (9 if layout.sequence_parallel else 6) * gather + norms + exchange
         + _beside(attention_backward, passed_back)
     )  # fmt: skip
-    again = {None: 0.0, "selective": moved(MOVED_FORWARD), "full": forward}[layout.recompute]
+    again = {None: 0.0, "selective": moved(MOVED_FORWARD) + exchange, "full": forward}[layout.recompute]
     return BlockTime(forward, backward, again)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,8 @@ class Stability(Callback):
         self.skipped = 0  # updates that were not made, since the run began
         self.in_a_row = 0
         self.rollbacks = 0
-        self.loss = self.norm = math.nan
+        self.loss = math.nan
+        self.norm: float | None = None  # of the present step, once measured
         self.reason = ""  # why the present step is bad
 
     def on_train_start(self, context: CallbackContext) -> None:
@@ -91,22 +93,33 @@ class Stability(Callback):
 
     def _guard(self, optimizer: Any) -> None:
         """Ask for the verdict once the gradient norm is known; a bad step ends as one whose gradients overflow."""
-        grad_norm, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
-
-        def measured() -> Any:
-            norm = grad_norm()
-            self.norm = float(norm)
-            return norm
+        update = optimizer.step_with_ready_grads
 
         def guarded() -> bool:
+            if self.norm is None:  # a lone optimizer measures only what it clips
+                self.norm = float(optimizer.get_grad_norm())
             self.loss = self.step.global_loss()
             self.reason = self.verdict()
             return False if self.reason else update()
 
-        optimizer.get_grad_norm, optimizer.step_with_ready_grads = measured, guarded
+        # A chain of optimizers asks for the norm, then clips; a lone one (Megatron-FSDP's) does both in one call.
+        optimizer.get_grad_norm = self._measured(optimizer.get_grad_norm)
+        optimizer.clip_grad_norm = self._measured(optimizer.clip_grad_norm)
+        optimizer.step_with_ready_grads = guarded
+
+    def _measured(self, grad_norm: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, whose result is kept."""
+
+        def measured(*args: Any) -> Any:
+            norm = grad_norm(*args)
+            self.norm = float(norm)
+            return norm
+
+        return measured
 
     def verdict(self) -> str:
         """Why the present step is bad; empty for a good one, which joins the history."""
+        assert self.norm is not None
         measures = (("loss", self.loss, self.losses), ("gradient norm", self.norm, self.norms))
         for name, value, before in measures:
             if not math.isfinite(value):
@@ -130,6 +143,7 @@ class Stability(Callback):
         samples: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(samples, self.step.keys)
         if dist.get_rank() == 0:
+            assert self.norm is not None
             keys = tuple(sorted({key for rank in samples for key in rank}))
             bad = BadStep(iteration, self.loss, self.norm, action, self.reason, keys)
             append_line(self.path, bad)
@@ -157,7 +171,7 @@ class Stability(Callback):
         self.step.begin()
         if self.in_a_row >= self.config.max_bad_steps:
             self._roll_back(context)
-        self.reason = ""
+        self.reason, self.norm = "", None
 
     def _roll_back(self, context: CallbackContext) -> None:
         """Load the last good checkpoint. The data goes on where it is: behind what went wrong."""

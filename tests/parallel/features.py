@@ -10,11 +10,12 @@ import os
 import time
 from pathlib import Path
 
-LAYOUTS = {"one": 1, "dp2": 2, "tp2": 2, "cp2": 2, "pp2": 2}  # name: ranks
-RESUMED = "dp2 from one"  # the second half of a run whose first half was on one rank
+LAYOUTS = {"one": 1, "dp2": 2, "tp2": 2, "cp2": 2, "pp2": 2, "fsdp": 2}  # name: ranks
+RESUMED = ("dp2 from one", "fsdp from one")  # the second half of a run whose first half was on one rank
 SIZES = {
     "tp2": ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true"),
     "cp2": ("model.context_parallel_size=2",), "pp2": ("model.pipeline_model_parallel_size=2",),
+    "fsdp": ("dist.use_megatron_fsdp=true",),
 }  # fmt: skip
 SETTINGS = (
     "train.train_iters=4", "checkpoint.save_interval=4", "logger.log_interval=1", "dataset.num_workers=0",
@@ -34,8 +35,9 @@ FEATURES = {
     "counted": ("dataset.batch_unit=tokens", "train.global_batch_size=50", "checkpoint.save_interval=2"),
 }  # fmt: skip
 RUNS = [
-    *(("full", layout) for layout in LAYOUTS), *(("adapted", layout) for layout in ("one", "dp2", "tp2", "cp2")),
-    ("counted", "one"), ("counted", "dp2"), ("counted", RESUMED),
+    *(("full", layout) for layout in LAYOUTS),
+    *(("adapted", layout) for layout in ("one", "dp2", "tp2", "cp2", "fsdp")),
+    *(("counted", layout) for layout in ("one", "dp2", "fsdp", *RESUMED)),
 ]  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def fork(stores: Path, out: Path) -> None:
     make_dataset(out / "data", 24, text_dim=TEXT_DIM)
     for features, layout in RUNS:
         since = time.perf_counter()
-        if layout == RESUMED:
+        if layout in RESUMED:
             cut_off(out / f"{features}-one", out / f"{features}-{layout}", 2)
         arguments = (stores / f"{features}-{layout}", model, out, features, layout)
         start_processes(_work, arguments, nprocs=LAYOUTS[layout.split()[0]], start_method="fork")
@@ -69,6 +71,11 @@ def _work(rank: int, store: Path, model: Path, out: Path, features: str, layout:
     torch.set_num_threads(1)
     ranks = LAYOUTS[layout.split()[0]]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    overrides = (*SETTINGS, *FEATURES[features], *SIZES.get(layout, ()), f"dataset.path={out / 'data' / 'index'}")
+    overrides = (
+        *SETTINGS,
+        *FEATURES[features],
+        *SIZES.get(layout.split()[0], ()),
+        f"dataset.path={out / 'data' / 'index'}",
+    )
     with process_group(dist.FileStore(str(store), ranks), rank, ranks):
         run(TrainConfig("wan_demo", "finetune", overrides), model, None, out / f"{features}-{layout}", None, mock=False)

@@ -31,7 +31,10 @@ LAYOUTS = (
     "tp2-pp2-long", "tp2-sp-cp2-long",
     "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
 )  # fmt: skip
-SELECTIVE = ("selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective")
+SELECTIVE = (
+    "selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective",
+    "tp2-sp-cp2-selective",
+)  # fmt: skip
 RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
 FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
 SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-save", "dp2-fsdp-save")

@@ -15,7 +15,7 @@ from wan_core.convert.checkpoint import EMA, iteration_dir, read_tensors, tensor
 from wan_core.training_run import read_lines
 
 pytestmark = pytest.mark.slow
-SPREAD = [run for run in RUNS if run[1] not in ("one", RESUMED)]
+SPREAD = [run for run in RUNS if run[1] not in ("one", *RESUMED)]
 
 
 def folder(runs: Path, features: str, layout: str) -> Path:
@@ -77,8 +77,9 @@ def test_steps_of_so_many_tokens_have_no_more(runs: Path) -> None:
         before = line["consumed_samples"]
 
 
-def test_steps_that_count_tokens_go_on_over_other_ranks(runs: Path) -> None:
-    found, expected = (numbers(folder(runs, "counted", name)) for name in (RESUMED, "one"))
+@pytest.mark.parametrize("layout", RESUMED)
+def test_steps_that_count_tokens_go_on_over_other_ranks(runs: Path, layout: str) -> None:
+    found, expected = (numbers(folder(runs, "counted", name)) for name in (layout, "one"))
     assert len(found) == 2
     for (*mine, _), (*other, _) in zip(found, expected[2:], strict=True):  # samples are counted from the first line on
         assert mine == pytest.approx(other, rel=1e-5)

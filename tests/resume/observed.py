@@ -45,7 +45,7 @@ def install(path: Path, attempt: int, poison: Mapping[int, float]) -> None:
             if not model.training:
                 return velocity, reduce
             step = state.train_state.step
-            Observed.packs += 1
+            Observed.packs += torch.distributed.get_world_size()  # of all ranks
             inputs = reduce.args[0]
             pack = [self.keys[-inputs.packing.num_samples :], inputs.timesteps.tolist()]
             with path.open("a") as file:

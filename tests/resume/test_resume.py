@@ -35,7 +35,7 @@ def run(out: Path, *names: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    names = ("killed", "ranks", "full", "worker", "stopped", "whole", "poisoned")  # the longest first
+    names = ("killed", "sharded", "ranks", "full", "worker", "stopped", "whole", "poisoned")  # the longest first
     return run(tmp_path_factory.mktemp("resume"), *names)
 
 
@@ -149,6 +149,21 @@ def test_bad_steps_are_skipped_and_then_rolled_back(runs: Path) -> None:
     rates = [line["learning_rate"] for line in read_lines(poisoned / "run" / "metrics.jsonl") if line["iteration"] == 4]
     assert len(rates) == 2 and rates[0] == rates[1] == losses(whole)[3][2] < losses(poisoned)[3][2]
     assert losses(poisoned)[1] == losses(whole)[1] and losses(poisoned)[9] != losses(whole)[9]
+
+
+def test_two_ranks_of_fsdp_decide_as_one_rank_does(runs: Path) -> None:
+    """The same steps are skipped and rolled back, and what is learned in between is the same, also after a kill."""
+    sharded, poisoned = runs / "sharded", runs / "poisoned"
+    killed, ended = codes(sharded)
+    assert -9 in killed and 0 not in killed and ended == [0, 0], log(sharded, 1)[-3000:]  # gloo aborts without a peer
+    assert first_step(sharded, 1) == 6
+    found, expected = (list(read_lines(folder / "run" / "bad_steps.jsonl")) for folder in (sharded, poisoned))
+    for mine, other in zip(found, expected, strict=True):
+        assert all(mine[name] == other[name] for name in ("iteration", "action", "samples"))
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4, nan_ok=True)
+    assert losses(sharded).keys() == losses(poisoned).keys()
+    for iteration, line in losses(poisoned).items():
+        assert losses(sharded)[iteration] == pytest.approx(line, rel=1e-4, nan_ok=True)
 
 
 def test_a_run_that_may_not_skip_stops(runs: Path) -> None:

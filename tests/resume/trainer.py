@@ -77,6 +77,8 @@ def data_written(iteration: int) -> Callable[[Path], bool]:
 VALIDATED = ("validation.eval_interval=3",)
 SPIKES = ("stability.spike_factor=10", "stability.history=8")
 ASYNC = ("checkpoint.async_save=true",)
+POISON = {2: math.nan, 5: 100.0, 6: 1e4}
+BACK = (*SPIKES, "stability.on_bad_steps=rollback", "stability.max_bad_steps=2")
 SCENARIOS: dict[str, tuple[Attempt, ...]] = {
     "whole": (Attempt(overrides=VALIDATED),),
     "killed": (
@@ -90,11 +92,10 @@ SCENARIOS: dict[str, tuple[Attempt, ...]] = {
         Attempt(ranks=2, overrides=VALIDATED, signal=signal.SIGTERM, until=logged(4)),
         Attempt(),
     ),
-    "poisoned": (
-        Attempt(
-            poison={2: math.nan, 5: 100.0, 6: 1e4},
-            overrides=(*SPIKES, "stability.on_bad_steps=rollback", "stability.max_bad_steps=2"),
-        ),
+    "poisoned": (Attempt(poison=POISON, overrides=BACK),),
+    "sharded": (
+        Attempt(ranks=2, poison=POISON, overrides=(*BACK, "dist.use_megatron_fsdp=true"), until=logged(8)),
+        Attempt(ranks=2, overrides=(*BACK, "dist.use_megatron_fsdp=true")),
     ),
     "stopped": (
         Attempt(poison={4: 1e4}, overrides=(*SPIKES, "stability.on_bad_steps=stop")),
@@ -180,9 +181,12 @@ def work(name: str, number: int, rank: int, out: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel kills who exceeds a file's limit
+    import torch
+
     from tests.resume import observed
     from wan_core import train
 
+    torch.set_num_threads(1)  # makes a fork's thread pool anew; autograd's threads, two at once, may find none
     observed.install(folder / "taken.jsonl", number, plan.poison)
     sys.argv = [
         "wan_core.train", "--recipe", "wan_demo", "--model", str(out / plan.model), "--run-dir", str(folder / "run"),

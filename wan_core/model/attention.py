@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.kernels import packed_attention
-from wan_core.model.ops import gelu, head_norm
+from wan_core.model.ops import exchange_heads, exchange_tokens, gelu, head_norm
 from wan_core.model.ring import ring_attention
 from wan_core.packing import Packing
-from wan_core.parallel import Parallel, heads_to_tokens, tokens_to_heads
+from wan_core.parallel import Parallel
 
 
 class _AddsBiasFirst:
@@ -114,8 +114,8 @@ class SelfAttention(MegatronModule):
             return packed_attention(q, k, v, packing.self_segments)
         if self.config.cp_comm_type == "p2p":
             return ring_attention(q, k, v, packing, self.parallel)
-        q, k, v = heads_to_tokens(torch.stack((q, k, v), dim=1), self.parallel).unbind(1)  # [tokens, heads/tp/cp, d]
-        return tokens_to_heads(packed_attention(q, k, v, packing.self_segments), self.parallel)
+        q, k, v = exchange_heads(q, k, v, self.parallel)  # [tokens, heads / tp / cp, d] each
+        return exchange_tokens(packed_attention(q, k, v, packing.self_segments), self.parallel)
 
 
 class CrossAttention(MegatronModule):

@@ -1,8 +1,8 @@
 """Selective recomputation: keep what matrix products and attention made, make the rest again in the backward pass.
 
-Ops marked `cheap` only move memory: norms, rotations, GELU, gated adds. While `selective()` is active, autograd keeps a
-recipe (the op and its inputs) in place of each of their outputs. Half of a layer's activations go, for about 1 % of
-its time. What an op made from the same inputs again is equal to the bit.
+Ops marked `cheap` only move memory: norms, rotations, GELU, gated adds, Ulysses' exchange. While `selective()` is
+active, autograd keeps a recipe (the op and its inputs) in place of each of their outputs. Half of a layer's activations
+go, for about 1 % of its time. What an op made from the same inputs again is equal to the bit.
 """
 
 from __future__ import annotations
