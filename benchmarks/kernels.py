@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def compare(
             return torch.autograd.grad(outputs, inputs, weights, retain_graph=True)
 
         results.append(([out.detach() for out in outputs], list(gradients())))
-        forward.append(milliseconds(lambda function=function: function(*inputs)))
+        forward.append(milliseconds(partial(function, *inputs)))
         backward.append(milliseconds(gradients))
         del outputs, gradients
     for index, (direction, times) in enumerate((("forward", forward), ("backward", backward))):
@@ -71,16 +72,16 @@ def modulation_ops(model: str, tokens: int, width: int, lengths: tuple[int, ...]
     shift, scale, gate = (normal(len(lengths), width, dtype=torch.float32) for _ in range(3))
     weight, bias = normal(width, dtype=torch.float32), normal(width, dtype=torch.float32)
     compare(
-        "modulated_norm", model, lambda *x: fused_norm.modulated_norm(*x, lengths, EPS),
-        lambda *x: ops.torch_modulated_norm(*x, lengths, EPS), [x, shift, scale], (2 * once, 3 * once),
+        "modulated_norm", model, lambda x, a, b: fused_norm.modulated_norm(x, a, b, lengths, EPS),
+        lambda x, a, b: ops.torch_modulated_norm(x, a, b, lengths, EPS), [x, shift, scale], (2 * once, 3 * once),
     )  # fmt: skip
     compare(
-        "gated_add", model, lambda *x: fused.gated_add(*x, lengths),
-        lambda *x: ops.torch_gated_add(*x, lengths), [x, update, gate], (3 * once, 3 * once),
+        "gated_add", model, lambda x, a, b: fused.gated_add(x, a, b, lengths),
+        lambda x, a, b: ops.torch_gated_add(x, a, b, lengths), [x, update, gate], (3 * once, 3 * once),
     )  # fmt: skip
     compare(
-        "layer_norm", model, lambda *x: fused_norm.layer_norm(*x, EPS),
-        lambda *x: ops.torch_layer_norm(*x, EPS), [x, weight, bias], (2 * once, 3 * once),
+        "layer_norm", model, lambda x, a, b: fused_norm.layer_norm(x, a, b, EPS),
+        lambda x, a, b: ops.torch_layer_norm(x, a, b, EPS), [x, weight, bias], (2 * once, 3 * once),
     )  # fmt: skip
 
 

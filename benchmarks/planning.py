@@ -34,6 +34,7 @@ import pyarrow.parquet
 from wan_core import records
 from wan_core.config import STORED_TEXTS, EncodeConfig
 from wan_core.encode import stage
+from wan_core.encode.part import part_fingerprint
 from wan_core.records import PartRecord
 
 CAPTION = "A red fox walks through fresh snow at dawn while the camera follows slowly from behind, take {}."
@@ -98,7 +99,7 @@ def make_parts(plan: stage.EncodePlan, output_dir: Path) -> None:
         (folder / "members.json").write_text(json.dumps(members))
         for name in ("part.tar", "quarantine.jsonl", *STORED_TEXTS):
             (folder / name).touch()
-        wanted = stage._part_fingerprint(CONFIG, ENCODER, keys)
+        wanted = part_fingerprint(CONFIG, ENCODER, keys)
         output = records.StageOutput("encode", folder, folder, CONFIG, wanted)
         records.save_record(output.finish(PartRecord, num_clips=len(keys), num_quarantined=0), folder)
 

@@ -195,7 +195,7 @@ def state_bytes(a: Architecture, layout: Layout) -> float:
         return sharded
     layer, outer = layer_parameters(a, layout.tp).total, outer_parameters(a)
     gathered = min(2 * layer + FSDP_PREFETCH, count.low) * LOW + outer.low * LOW + outer.high * HIGH
-    return sharded / shards + gathered + min(layer + FSDP_REDUCE, count.total) * HIGH
+    return sharded / shards + gathered
 
 
 # What a block keeps for its backward: units that are split over TP, units that are whole unless SP is on, activations
@@ -230,7 +230,12 @@ def activation_bytes(work: Work, layout: Layout) -> float:
     again = kept(None) if full else kept(None) - kept(other)  # one block made again
     working = wide / layout.tp + 3 * unit / outside
     patches = tokens * 2 * math.prod(PATCH_SIZE) * (a.in_channels + a.out_channels) * HIGH
-    return in_flight * stage + again + working + patches
+    reduced = 0.0
+    if layout.fsdp and layout.shards > 1:  # whole gradients wait for their reduction, while activations go
+        gradients = layer_parameters(a, layout.tp).total * HIGH
+        waiting = min(layers - 1, FSDP_REDUCE * HIGH / gradients)  # blocks
+        reduced = gradients + max(0.0, waiting * (gradients - kept("full" if full == layers else other)))
+    return in_flight * stage + again + working + patches + reduced
 
 
 def total_bytes(allocated: float, layout: Layout) -> float:
@@ -274,10 +279,12 @@ def block_time(work: Work, layout: Layout) -> BlockTime:
     exchange = 4 * (cp - 1) / cp * unit / tp / link + 2 * d.latency if cp > 1 and not layout.ring else 0.0
     around = 2 * unit / tp / link + d.latency  # keys and values to the next rank
     passed, passed_back = ((cp - 1) * around, (3 * cp - 1) * around) if layout.ring else (0.0, 0.0)  # float32 gradients
-    forward = matmul + moved(MOVED_FORWARD) + 6 * gather + norms + exchange + _beside(attention, passed)
+    element = tokens * h / tp / d.memory  # a byte of each number of this rank's q
+    merge, merge_back = ((34 * cp + 18) * element, (30 * cp + 38) * element) if layout.ring else (0.0, 0.0)
+    forward = matmul + merge + moved(MOVED_FORWARD) + 6 * gather + norms + exchange + _beside(attention, passed)
     backward = (
-        2 * matmul + moved(MOVED_BACKWARD) + (9 if layout.sequence_parallel else 6) * gather + norms + exchange
-        + _beside(attention_backward, passed_back)
+        2 * matmul + merge_back + moved(MOVED_BACKWARD) + (9 if layout.sequence_parallel else 6) * gather + norms
+        + exchange + _beside(attention_backward, passed_back)
     )  # fmt: skip
     again = {None: 0.0, "selective": moved(MOVED_FORWARD) + exchange, "full": forward}[layout.recompute]
     return BlockTime(forward, backward, again)
