@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from wan_core.architecture import Architecture
+from wan_core.cluster import DEVICES, Layout, Work
 from wan_core.config import check
-from wan_core.plan import DEVICES, GIB, Estimate, Layout, Work, rank, smallest
+from wan_core.costs import GIB
+from wan_core.plan import Estimate, rank, smallest
 
 PASTED = 3  # layouts whose overrides are printed
 

@@ -12,10 +12,12 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from wan_core.architecture import I2V_14B, T2V_1_3B, T2V_14B, Architecture
+from wan_core.cluster import DEVICES, Layout, Work
+from wan_core.costs import layer_parameters, rank_parameters, state_bytes
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
 from wan_core.parallel import layout as one_rank
-from wan_core.plan import DEVICES, Layout, Work, estimate, layer_parameters, layouts, rank, rank_parameters, state_bytes
+from wan_core.plan import estimate, layouts, rank
 
 GIB = 2**30
 SMALL = Architecture(96, 160, 4, 5, text_dim=32, freq_dim=64)
