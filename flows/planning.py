@@ -57,18 +57,18 @@ def show(work: Work, rows: int) -> None:
 
 
 def table(found: list[Estimate]) -> Table:
-    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("", "tp", "sp", "cp", "pp", "dp"):
         result.add_column(heading, justify="right")
     for heading in ("sharded", "recompute"):
-        result.add_column(heading)
-    for heading in ("states", "activations", "GiB", "s/step", "TFLOP/s"):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, no_wrap=True)
+    for heading in ("states", "act.", "GiB", "s/step", "TFLOP/s"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for number, each in enumerate(found, 1):
         layout = each.layout
         result.add_row(
             str(number), str(layout.tp), "yes" if layout.sequence_parallel else "", context(layout), str(layout.pp),
-            str(layout.dp), "all (FSDP)" if layout.fsdp else "optimizer", recomputation(layout),
+            str(layout.dp), "FSDP" if layout.fsdp else "optimizer", recomputation(layout),
             f"{each.state_bytes / GIB:.1f}", f"{each.activation_bytes / GIB:.1f}",
             f"[bold]{each.total_bytes / GIB:.1f}[/]", f"[bold]{each.seconds:.2f}[/]", f"{each.tflops:.0f}",
         )  # fmt: skip
