@@ -63,6 +63,14 @@ def environment(config: LaunchConfig) -> dict[str, str]:
     }
 
 
+# Becomes a rank, after asking the kernel for SIGKILL when torchrun dies (PR_SET_PDEATHSIG = 1): one that is told to end
+# while it starts its ranks forgets the one that it is starting. Checkpoints are whole whenever a rank dies.
+RANK = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "os.getppid() > 1 or sys.exit('torchrun has died'); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
 def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, rendezvous: Sequence[str]) -> list[str]:
     """The command for one node. Rank 0 speaks to the terminal; every rank has its files below `log_dir`.
 
@@ -72,7 +80,8 @@ def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, rend
     return [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes", str(config.nodes), "--nproc-per-node", str(config.processes_per_node), "--max-restarts", "0",
-        *rendezvous, "--log-dir", str(log_dir), "--redirects", "3", "--tee", "3", "-m", *arguments,
+        *rendezvous, "--log-dir", str(log_dir), "--redirects", "3", "--tee", "3", "--no-python",
+        sys.executable, "-I", "-S", "-c", RANK, sys.executable, "-u", "-m", *arguments,
     ]  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import LaunchError
-from tasks.launch import environment, launch
-from tasks.process import MARK, Process
+from tasks.launch import environment, free_port, launch, torchrun
+from tasks.process import MARK, Process, marked
 from wan_core.config import LaunchConfig
 
 
@@ -173,3 +173,17 @@ def test_process_mark_reaches_grandchildren(tmp_path: Path) -> None:
     process = Process([sys.executable, "-c", code], {}, tmp_path / "log")
     assert process.wait(20) == 0
     assert list(process.tail) == [process.mark] and process.lines() == [process.mark]
+
+
+def test_ranks_die_with_their_torchrun(on_path: Path) -> None:
+    """Also when it cannot tell them so: nothing sends them a signal here but the kernel."""
+    name = program(on_path, "open(f'up{rank}', 'w').close(); time.sleep(600)")
+    config, port = LaunchConfig(processes_per_node=2), free_port()
+    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    command = torchrun(config, [name], on_path / "logs", rendezvous)
+    agent = subprocess.Popen(command, cwd=on_path, env={**os.environ, MARK: on_path.name}, start_new_session=True)
+    assert wait_until(lambda: all((on_path / f"up{rank}").exists() for rank in range(2)), 60)
+    assert len(marked(on_path.name)) == 3
+    agent.kill()
+    agent.wait()
+    assert wait_until(lambda: not marked(on_path.name), 5)
