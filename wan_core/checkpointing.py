@@ -83,6 +83,7 @@ class CheckpointManager(DefaultCheckpointManager):
         state = {name: state() for name, state in saved_parts(callback_manager).items()}
         with self._explained(folder):
             self._check_room()
+            dist.barrier()  # after a rollback the folder is an older checkpoint, which other ranks have looked at now
             if dist.get_rank() == 0:
                 checkpoints.begin(folder)
             dist.barrier()
