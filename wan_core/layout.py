@@ -12,9 +12,11 @@ from wan_core.config import TrainConfig, check
 from wan_core.recipe_values import recipe_values
 
 SIZES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
-DEFAULTS: dict[str, Any] = {  # megatron's
-    **dict.fromkeys(SIZES, 1), "sequence_parallel": False, "cp_comm_type": None, "recompute_granularity": None,
-    "recompute_modules": None,
+COUNTS = (*(f"model.{name}" for name in (*SIZES, "num_attention_heads", "num_layers")), "train.micro_batch_size")
+DEFAULTS: dict[str, Any] = {  # of what a recipe may leave out: megatron's, and those of `recipes`
+    **dict.fromkeys(COUNTS, 1), "model.sequence_parallel": False, "model.cp_comm_type": None,
+    "model.recompute_granularity": None, "model.recompute_modules": None, "train.global_batch_size": 1,
+    "dataset.batch_unit": "packs", "dist.use_megatron_fsdp": False, "ddp.use_megatron_fsdp": False,
 }  # fmt: skip
 
 
@@ -82,20 +84,43 @@ def check_ranks(config: Any, ranks: int) -> None:
     )
 
 
+def check_batch(micro_batch_size: int, global_batch_size: int, unit: str, data_ranks: int) -> None:
+    """Refuse a micro-batch of more than one pack, or a batch that does not divide over the data-parallel ranks.
+
+    Raises:
+        ValueError: names the value, and near ones that do.
+    """
+    check(
+        micro_batch_size == 1,
+        f"train.micro_batch_size={micro_batch_size}, but a micro-batch is one pack; set it to 1",
+    )
+    near = max(data_ranks, global_batch_size // data_ranks * data_ranks)
+    check(
+        global_batch_size >= 1 and global_batch_size % data_ranks == 0,
+        f"train.global_batch_size={global_batch_size} {unit} do not divide over {data_ranks} data-parallel ranks; "
+        f"choose {near} or {near + data_ranks}",
+    )
+
+
 def check_training(config: TrainConfig, architecture: Architecture, ranks: int) -> None:
     """Refuse the layout of a training run before any work starts: the recipe's, with its overrides.
 
     Raises:
         ValueError: it cannot work, or not on so many ranks.
     """
-    prefix = "model."
-    values = {key.removeprefix(prefix): value for key, value in recipe_values(config) if key.startswith(prefix)}
-    layout = SimpleNamespace(**{**DEFAULTS, **asdict(architecture), **values})
-    for name in (*SIZES, "num_attention_heads", "num_layers"):
-        value = getattr(layout, name)
-        check(type(value) is int and value >= 1, f"model.{name}={value!r} is not a number from 1 on")
+    model = {f"model.{name}": value for name, value in asdict(architecture).items()}
+    values = {**DEFAULTS, **model, **dict(recipe_values(config))}
+    for key in COUNTS:
+        check(type(values[key]) is int and values[key] >= 1, f"{key}={values[key]!r} is not a number from 1 on")
+    size = values["train.global_batch_size"]
+    check(type(size) is int, f"train.global_batch_size={size!r} is not a number")
+    layout = SimpleNamespace(**{key.removeprefix("model."): value for key, value in values.items()})
     check_layout(layout)
     check_ranks(layout, ranks)
+    if values["dist.use_megatron_fsdp"] or values["ddp.use_megatron_fsdp"]:
+        check_fsdp(layout)
+    data_ranks = ranks // math.prod(values[f"model.{name}"] for name in SIZES)
+    check_batch(values["train.micro_batch_size"], size, values["dataset.batch_unit"], data_ranks)
 
 
 def check_fsdp(config: Any) -> None:

@@ -30,7 +30,7 @@ from wan_core.dataset import WanDatasetProvider
 from wan_core.ema import WanOptimizerConfig
 from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
-from wan_core.layout import check_layout, check_ranks
+from wan_core.layout import check_batch, check_layout, check_ranks
 from wan_core.lora import LoraConfig
 from wan_core.model.provider import WanProvider
 from wan_core.overrides import apply_override
@@ -92,15 +92,8 @@ class WanConfigContainer(ConfigContainer):
         Raises:
             ValueError: a micro-batch of more than one pack, or a batch that does not divide over the ranks.
         """
-        size = self.train.micro_batch_size
-        check(size == 1, f"train.micro_batch_size={size}, but a micro-batch is one pack; set it to 1")
-        size, ranks = self.train.global_batch_size, self.data_ranks
-        near = max(ranks, size // ranks * ranks)
-        check(
-            size >= 1 and size % ranks == 0,
-            f"train.global_batch_size={size} {self.dataset.batch_unit} do not divide over {ranks} data-parallel ranks; "
-            f"choose {near} or {near + ranks}",
-        )
+        train = self.train
+        check_batch(train.micro_batch_size, train.global_batch_size, self.dataset.batch_unit, self.data_ranks)
         super().validate()
 
 

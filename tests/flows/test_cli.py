@@ -64,6 +64,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} model.context_parallel_size=x",
             "model.context_parallel_size='x' is not a number from 1 on",
         ),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} train.micro_batch_size=2",
+            "train.micro_batch_size=2, but a micro-batch is one pack; set it to 1",
+        ),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_1_3b -w {workspace} launch.processes_per_node=3",
+            "train.global_batch_size=8 packs do not divide over 3 data-parallel ranks; choose 6 or 9",
+        ),
+        (
+            "run --videos {videos} --model {whole} --recipe wan_demo -w {workspace} launch.processes_per_node=2 "
+            "model.pipeline_model_parallel_size=2 dist.use_megatron_fsdp=true",
+            "pipeline_model_parallel_size=2 with Megatron-FSDP would leave the embedders' gradients unsummed",
+        ),
         ("demo -w {workspace} --refresh shards", "names no stage; choose one of encode, shard"),
         ("shard --recipe wan_demo -w {workspace}", "has no finished output named demo; run `wan encode` first"),
         ("blend images -w {workspace} --name mix", "'images' is not DATASET=SHARE; write for example images=0.3"),
