@@ -114,7 +114,8 @@ def check_training(config: TrainConfig, architecture: Architecture, ranks: int) 
         check(type(values[key]) is int and values[key] >= 1, f"{key}={values[key]!r} is not a number from 1 on")
     size = values["train.global_batch_size"]
     check(type(size) is int, f"train.global_batch_size={size!r} is not a number")
-    layout = SimpleNamespace(**{key.removeprefix("model."): value for key, value in values.items()})
+    prefix = "model."
+    layout = SimpleNamespace(**{key.removeprefix(prefix): values[key] for key in values if key.startswith(prefix)})
     check_layout(layout)
     check_ranks(layout, ranks)
     if values["dist.use_megatron_fsdp"] or values["ddp.use_megatron_fsdp"]:

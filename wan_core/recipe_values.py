@@ -29,12 +29,18 @@ def recipe_values(config: TrainConfig, config_file: Path | None = None) -> list[
 
     Args:
         config_file: the user's own YAML, over the recipe's.
+
+    Raises:
+        ValueError: there is no such recipe or file, or a file is not made of sections.
     """
+    check(config_file is None or config_file.is_file(), f"--config-file {config_file} does not exist; give a YAML file")
     values: list[tuple[str, Any]] = []
     for path in (recipe_path(config.recipe), config_file):
         sections = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path else {}
         if ARCHITECTURE in sections:
             values.append((ARCHITECTURE, sections.pop(ARCHITECTURE)))
+        for section, part in sections.items():
+            check(isinstance(part, dict), f"{path}: {section}={part!r} is no section; write fields below it")
         values += [(f"{section}.{key}", value) for section, part in sections.items() for key, value in part.items()]
     for text in config.overrides:
         key, _, value = text.partition("=")

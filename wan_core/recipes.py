@@ -113,6 +113,7 @@ def build(
     """
     given = recipe_values(config, config_file)
     size = dict(given).get(ARCHITECTURE, "t2v-1.3B")
+    check(size in ARCHITECTURES, f"architecture={size!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
     given = [(key, value) for key, value in given if key != ARCHITECTURE]
     architecture = Architecture.from_diffusers(model_dir) if model_dir else ARCHITECTURES[size]
     container = defaults(architecture, config)

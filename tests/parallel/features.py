@@ -33,11 +33,13 @@ FEATURES = {
         "dataset.batch_unit=samples", "train.global_batch_size=6", "lora.dim=4", "lora.alpha=8", "lora.magnitude=true",
     ),
     "counted": ("dataset.batch_unit=tokens", "train.global_batch_size=50", "checkpoint.save_interval=2"),
+    "unclipped": ("optimizer.clip_grad=0", "train.global_batch_size=2"),
 }  # fmt: skip
 RUNS = [
     *(("full", layout) for layout in LAYOUTS),
     *(("adapted", layout) for layout in ("one", "dp2", "tp2", "cp2", "fsdp")),
     *(("counted", layout) for layout in ("one", "dp2", "fsdp", *RESUMED)),
+    ("unclipped", "one"), ("unclipped", "fsdp"),
 ]  # fmt: skip
 
 

@@ -33,10 +33,13 @@ LAYOUTS = (
 )  # fmt: skip
 SELECTIVE = (
     "selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective",
-    "tp2-sp-cp2-selective",
+    "tp2-selective", "tp2-cp2-selective", "tp2-pp2-selective", "tp2-sp-cp2-selective",
 )  # fmt: skip
-RECOMPUTED = ("full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "tp2-cp2-full", "tp2-pp2-full")
-FSDP = ("dp2-fsdp", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
+RECOMPUTED = (
+    "full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "cp2-ring-full", "tp2-cp2-full",
+    "tp2-pp2-full", "tp2-sp-cp2-full",
+)  # fmt: skip
+FSDP = ("dp2-fsdp", "dp2-fsdp-selective", "dp2-fsdp-full", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
 SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-save", "dp2-fsdp-save")
 LOADED = (
     "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",

@@ -42,6 +42,9 @@ REFUSED = {  # what a user may get wrong, behind the name of a folder that it ma
     "counted": ("--mock", "dataset.batch_unit=samples"),
     "micro": ("--mock", "train.micro_batch_size=2"),
     "batch": ("--mock", "train.global_batch_size=0"),
+    "file": ("--mock", "--config-file", "FOLDER/none.yaml"),
+    "section": ("--mock", "--config-file", "FOLDER/../../section.yaml"),
+    "size": ("--mock", "--config-file", "FOLDER/../../size.yaml"),
     "layout": ("--mock", "model.tensor_model_parallel_size=5"),
     "ranks": ("--mock", "model.tensor_model_parallel_size=2"),
     "async": ("--mock", "checkpoint.async_save=true"),
@@ -70,6 +73,8 @@ def main(out: Path) -> None:
     loggers = find_spec("wandb") and find_spec("mlflow")
     here = {"package": not loggers, "async": not torch.cuda.is_available()}
     refused = [name for name in REFUSED if here.get(name, True)]
+    (out / "section.yaml").write_text("train: 5")
+    (out / "size.yaml").write_text("architecture: t2v-3B")
     said = {name: refusal(out / "bad" / name, *REFUSED[name]) for name in refused}
     (out / "refusals.json").write_text(json.dumps(said))
     (out / "layers.json").write_text(json.dumps(layers(out / "user.yaml")))
