@@ -42,8 +42,6 @@ def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace
     trained = train(run, replace(config.train, mode="finetune"), indexed, start, config.launch, config.ray)
     converted = convert(run, config.convert, trained, start)
     after = validate(converted.path, indexed)
-    if config.sample.prompts:
-        sample(run, config.sample, converted)
     better = after.loss < before.loss
     if better:
         good = Promoted(converted.path, indexed.fingerprint, after.loss, now())
@@ -51,6 +49,8 @@ def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace
         good = Promoted(start, indexed.fingerprint, before.loss, good.changed if good else now())
     save_promoted(run.root, config.name, good)
     publish_validation(start, before, converted.path, after)
+    if config.sample.prompts:  # last: a promotion does not hang on it
+        sample(run, config.sample, converted)
     name = "Promoted" if better else "NotPromoted"
     return Completed(
         name=name, message=f"validation loss {before.loss:.4f} -> {after.loss:.4f}; {good.model} is in use"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -113,4 +114,5 @@ def summary(outcomes: Sequence[Outcome], workspace: Path, seconds: float) -> Non
                 metrics.add_row(name.replace("_", " "), f"{value:.4g}")
             console.print(metrics)
             console.print(f"report: file://{record.report}", soft_wrap=True)
-    console.print(f"logs:   {workspace / 'logs'}\nui:     wan ui --workspace {workspace}", soft_wrap=True)
+    wan = "uv run wan" if "UV" in os.environ else "wan"  # which uv sets: without it `wan` may not be on the path
+    console.print(f"logs:   {workspace / 'logs'}\nui:     {wan} ui --workspace {workspace}", soft_wrap=True)

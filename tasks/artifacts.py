@@ -19,6 +19,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from tasks.aside import Aside, shown_if_possible
 from wan_core.records import (
     EncodeRecord,
     EvaluateRecord,
@@ -86,15 +87,23 @@ def loss_plot(metrics: Path) -> str:
 class LivePage:
     """A Markdown page of the running task that is replaced while it works."""
 
-    def __init__(self, key: str, page: str, description: str) -> None:
-        made = create_markdown_artifact(key=key, markdown=page, description=description)
-        assert isinstance(made, UUID)
-        self.artifact = made
+    def __init__(self, key: str, description: str) -> None:
+        self.key, self.description = key, description
+        self.artifact: UUID | None = None
+        self.aside = Aside()
+
+    def show(self, page: str) -> None:
+        self.aside.ask(lambda: self.replace(page))
 
     def replace(self, page: str) -> None:
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.actions import ArtifactUpdate
 
+        if self.artifact is None:
+            made = create_markdown_artifact(key=self.key, markdown=page, description=self.description)
+            assert isinstance(made, UUID)
+            self.artifact = made
+            return
         with get_client(sync_client=True) as client:
             client.update_artifact(self.artifact, ArtifactUpdate(data=page))
 
@@ -157,6 +166,7 @@ def dataset_card(folder: Path) -> str:
     return re.sub(r"!\[[^]]*\]\(([^)]+\.png)\)", lambda match: _image(folder / match[1]), page)
 
 
+@shown_if_possible
 def publish(record: Record) -> None:
     """Create the artifacts of a record, linked to the current task run."""
     page = markdown(record)
@@ -180,6 +190,7 @@ def publish(record: Record) -> None:
         create_link_artifact(link=url, key=key, link_text=text, description=f"{text} of {record.path.name}")
 
 
+@shown_if_possible
 def publish_validation(start: Path, before: Validation, candidate: Path, after: Validation) -> None:
     """Both models' losses per noise level."""
     rows = [

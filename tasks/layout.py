@@ -8,7 +8,7 @@ from wan_core.config import Stage
 from wan_core.records import RECORD_NAME
 
 RUN_FOLDER = "runs"  # of train; every other stage's folder has the stage's name
-REPLACED = ".replaced-"  # in the name of a training run that a refresh moved aside
+REPLACED = ".replaced-"  # in the name of what a refresh put aside
 
 
 def stage_folder(root: Path, stage: Stage) -> Path:

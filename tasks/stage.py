@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from tasks.errors import retrying_helps
 from tasks.layout import REPLACED, RUN_FOLDER, stage_folder
 from tasks.locks import FileLocks
 from wan_core.config import STAGES, Stage, check
-from wan_core.records import Record, digest, find_record
+from wan_core.records import RECORD_NAME, Record, digest, find_record
 
 R = TypeVar("R", bound=Record)
 
@@ -72,16 +71,33 @@ def _run_name() -> str:
     return f"{prefect.runtime.task_run.task_name}/{prefect.runtime.task_run.parameters['target'].folder.name}"
 
 
-def forget(folder: Path) -> None:
-    """Take an old output away, so that its stage makes it again. A training run is moved aside, never deleted."""
-    if not folder.exists():
-        return
-    if folder.parent.name == RUN_FOLDER:
+def move_aside(folder: Path) -> None:
+    """Take what took long to make out of the way of its successor; nobody but the user deletes it."""
+    if folder.exists():
         aside = folder.with_name(f"{folder.name}{REPLACED}{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
-        get_run_logger().info("The earlier training run was moved to %s", aside)
-    else:
-        shutil.rmtree(folder)
+        get_run_logger().info("The earlier output was moved to %s", aside)
+
+
+@contextlib.contextmanager
+def made_again(folder: Path) -> Iterator[None]:
+    """An old output is not found meanwhile, and is there again if its successor fails. A training run is moved aside
+    by the first attempt, and the others go on with what that one did.
+    """
+    if folder.parent.name == RUN_FOLDER:
+        if prefect.runtime.task_run.run_count <= 1:
+            move_aside(folder)
+        yield
+        return
+    record, hidden = folder / RECORD_NAME, folder / f".{RECORD_NAME}{REPLACED}"
+    if record.exists():
+        record.rename(hidden)
+    try:
+        yield
+    except BaseException:
+        if hidden.exists() and not record.exists():
+            hidden.rename(record)
+        raise
 
 
 def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], Task[..., R]]:
@@ -90,11 +106,10 @@ def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], T
     def decorate(work: Callable[..., R]) -> Task[..., R]:
         @functools.wraps(work)
         def attempt(target: Target[R], **arguments: Any) -> R:
-            if target.refresh and prefect.runtime.task_run.run_count <= 1:  # what an earlier attempt did stays
-                forget(target.folder)
-            if found := target.find():  # Prefect's result was lost, or the workspace moved
-                return found
-            record = work(target, **arguments)
+            with made_again(target.folder) if target.refresh else contextlib.nullcontext():
+                if found := target.find():  # Prefect's result was lost, or the workspace moved
+                    return found
+                record = work(target, **arguments)
             publish(record)
             return record
 
@@ -130,7 +145,7 @@ class Workspace:
             self.refresh is None or self.refresh in STAGES,
             f"refresh={self.refresh} is no stage; choose one of {', '.join(STAGES)}",
         )
-        object.__setattr__(self, "root", self.root.absolute())
+        object.__setattr__(self, "root", self.root.resolve())  # locks are known by path
 
     def refreshes(self, stage: Stage) -> bool:
         """Whether `refresh` names this stage or one before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -11,13 +12,16 @@ from typing import Any
 from prefect import get_run_logger
 
 from tasks.artifacts import LivePage, loss_plot
+from tasks.errors import LaunchError
 from tasks.launch import launch
 from tasks.progress import Progress
 from tasks.stage import Target, Workspace, stage_task
 from tasks.workers import ray_session
+from wan_core.checkpoints import latest
 from wan_core.config import LaunchConfig, RayConfig, TrainConfig
 from wan_core.records import IndexRecord, TrainRecord, load_record
 
+RESTART_SECONDS = 5.0  # for Ray or a file system to notice what was lost
 PLOT_SECONDS = 60.0  # between two pictures of the loss curve, each about 100 KB
 
 
@@ -28,7 +32,7 @@ class Metrics:
         self.path = path
         self.offset = path.stat().st_size if path.exists() else 0  # a resumed run: what is old is not news
         self.progress: Progress | None = None
-        self.page: LivePage | None = None
+        self.page = LivePage("train-loss", f"loss of {path.parent.name}")
         self.plotted = time.monotonic()
 
     def tick(self) -> None:
@@ -55,18 +59,18 @@ class Metrics:
     def plot(self) -> None:
         """Show the curve so far; the stage's own page replaces it at the end."""
         self.plotted = time.monotonic()
-        page = f"## {self.path.parent.name}, still training\n{loss_plot(self.path)}"
-        if self.page is None:
-            self.page = LivePage("train-loss", page, f"loss of {self.path.parent.name}")
-        else:
-            self.page.replace(page)
+        self.page.show(f"## {self.path.parent.name}, still training\n{loss_plot(self.path)}")
 
 
-@stage_task("train", retries=2)  # an attempt resumes from the last checkpoint
+@stage_task("train")  # an attempt resumes from the last checkpoint
 def train_task(
     target: Target, config: TrainConfig, dataset: Path, model: Path, launch_config: LaunchConfig, ray_config: RayConfig
 ) -> TrainRecord:
-    """Train until `train_iters` is reached; rank 0 writes the record."""
+    """Train until `train_iters` is reached; rank 0 writes the record.
+
+    A failure that may pass is a retry of the task only if no checkpoint was saved before it: a run of weeks loses more
+    ranks than a task has retries.
+    """
     target.folder.mkdir(parents=True, exist_ok=True)
     logger, metrics = get_run_logger(), Metrics(target.folder / "metrics.jsonl")
     arguments = [
@@ -75,12 +79,19 @@ def train_task(
     ]  # fmt: skip
 
     def run() -> None:
-        launch(launch_config, arguments, target.folder / "logs", lambda line: log(logger, line), metrics.tick)
+        while True:
+            before = latest(target.folder / "checkpoints")
+            try:
+                return launch(
+                    launch_config, arguments, target.folder / "logs", lambda line: log(logger, line), metrics.tick
+                )
+            except LaunchError as error:
+                if not error.retry or latest(target.folder / "checkpoints") == before:
+                    raise
+                logger.warning("The training goes on from its last checkpoint, after this: %s", error)
+                time.sleep(RESTART_SECONDS)
 
-    if launch_config.launcher == "ray":
-        with ray_session(ray_config):
-            run()
-    else:
+    with ray_session(ray_config) if launch_config.launcher == "ray" else contextlib.nullcontext():
         run()
     return load_record(TrainRecord, target.folder)
 

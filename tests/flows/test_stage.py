@@ -85,6 +85,15 @@ def test_refresh_runs_a_stage_and_what_depends_on_it(tmp_path: Path) -> None:
     assert (shard_folder / "record.json").stat().st_mtime_ns == written
 
 
+def test_a_refresh_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    _, run = work(tmp_path)
+    with pytest.raises(ValueError, match="no such thing"):
+        work(tmp_path, refresh="shard", failures=(ValueError("no such thing"),))
+    assert ran == ["shard"]
+    again, after = work(tmp_path)
+    assert again == [] and after.outcomes[0].record == run.outcomes[0].record
+
+
 def test_outputs_that_are_gone_or_altered_are_made_again(tmp_path: Path) -> None:
     _, run = work(tmp_path)
     sharded, indexed, converted = (outcome.record.path for outcome in run.outcomes)
