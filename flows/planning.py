@@ -52,7 +52,7 @@ def show(work: Work, rows: int) -> None:
     )
     console.print(table(found[:rows]))
     for number, each in enumerate(found[: min(rows, PASTED)], 1):
-        console.print(f"[bold]{number}[/]  {' '.join(each.layout.overrides(work.packs))}", soft_wrap=True)
+        console.print(f"[bold]{number}[/]  {' '.join(each.layout.overrides(work.packs, work.tokens))}", soft_wrap=True)
     console.print("[dim]Estimates; docs/parallelism.md says how far they are from measurements.[/]")
 
 

@@ -13,7 +13,9 @@ from diffusers import WanTransformer3DModel
 
 from wan_core.architecture import I2V_14B, T2V_1_3B, T2V_14B, Architecture
 from wan_core.cluster import DEVICES, Layout, Work
+from wan_core.config import TrainConfig
 from wan_core.costs import layer_parameters, rank_parameters, state_bytes
+from wan_core.layout import check_training
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
 from wan_core.parallel import layout as one_rank
@@ -147,14 +149,27 @@ def test_ranked_layouts_fit_and_the_fastest_is_first() -> None:
     )
 
 
+@pytest.mark.parametrize("recipe", ["wan_1_3b", "wan_14b"])
+def test_every_layout_is_accepted_over_every_recipe(recipe: str) -> None:
+    """What is pasted behind a recipe that has set other values."""
+    architecture = {"wan_1_3b": T2V_1_3B, "wan_14b": T2V_14B}[recipe]
+    for tokens in (16384, 75600, 151200):  # with every recomputation
+        found = rank(replace(NODE, architecture=architecture, nodes=2, tokens=tokens, packs=16))
+        assert found
+        for each in found:
+            overrides = tuple(each.layout.overrides(16, tokens))
+            check_training(TrainConfig(recipe=recipe, overrides=overrides), architecture, each.layout.ranks)
+
+
 def test_overrides_say_everything() -> None:
     """A recipe may have set other values than the defaults."""
-    assert Layout(dp=2, fsdp=True).overrides(8) == [
+    assert Layout(dp=2, fsdp=True).overrides(8, 32760) == [
         "model.tensor_model_parallel_size=1", "model.sequence_parallel=false", "model.context_parallel_size=1",
-        "model.pipeline_model_parallel_size=1", "model.recompute_granularity=null", "dist.use_megatron_fsdp=true",
-        "train.global_batch_size=8",
+        "model.pipeline_model_parallel_size=1", "model.recompute_granularity=null", "model.recompute_method=null",
+        "model.recompute_num_layers=null", "dist.use_megatron_fsdp=true", "train.global_batch_size=8",
+        "dataset.tokens_per_pack=32760",
     ]  # fmt: skip
-    assert "model.cp_comm_type=a2a" in Layout(cp=2).overrides(1)
+    assert "model.cp_comm_type=a2a" in Layout(cp=2).overrides(1, 32760)
 
 
 def test_the_command_prints_a_table_of_100_columns() -> None:

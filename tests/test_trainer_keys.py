@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from wan_core import presets
+from wan_core.cluster import Layout
 from wan_core.config import RESUMABLE_KEYS, TrainConfig
 from wan_core.trainer_keys import FILE, trainer_keys
 
@@ -35,3 +36,13 @@ def test_a_config_with_an_unknown_key_cannot_be_made(override: str, words: str) 
     with pytest.raises(ValueError) as caught:
         TrainConfig(overrides=(override,))
     assert words in str(caught.value)
+
+
+def test_a_run_goes_on_under_every_layout_of_the_plan() -> None:
+    """What `wan plan` prints names no other run, but for the size of a pack, which data order follows from."""
+    first, second = (
+        TrainConfig(overrides=tuple(layout.overrides(packs, 32760)))
+        for layout, packs in ((Layout(tp=2, dp=2), 2), (Layout(cp=4, ring=True, recompute="full", fsdp=True), 8))
+    )
+    assert first.resumable() == second.resumable()
+    assert first.resumable().overrides == ("dataset.tokens_per_pack=32760",)

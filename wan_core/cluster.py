@@ -60,22 +60,25 @@ class Layout:
             "tensor_model_parallel_size": self.tp, "sequence_parallel": self.sequence_parallel,
             "context_parallel_size": self.cp, "pipeline_model_parallel_size": self.pp,
             "cp_comm_type": ("p2p" if self.ring else "a2a") if self.cp > 1 else None,
-            "recompute_granularity": self.recompute,
+            "recompute_granularity": self.recompute, "recompute_method": None, "recompute_num_layers": None,
         }  # fmt: skip
         if self.recompute == "full":
             values |= {"recompute_method": "block", "recompute_num_layers": self.recompute_layers}
         return values
 
-    def overrides(self, packs: int) -> list[str]:
+    def overrides(self, packs: int, tokens: int) -> list[str]:
         """`key=value` for the trainer, also where a value is the default: a recipe may have set another.
 
         Args:
             packs: those of a step.
+            tokens: of a pack.
         """
         values: dict[str, Any] = {f"model.{key}": value for key, value in self.settings().items()}
         if self.cp == 1:
             del values["model.cp_comm_type"]
-        values |= {"dist.use_megatron_fsdp": self.fsdp, "train.global_batch_size": packs}
+        values |= {
+            "dist.use_megatron_fsdp": self.fsdp, "train.global_batch_size": packs, "dataset.tokens_per_pack": tokens,
+        }  # fmt: skip
         return [f"{key}={json.dumps(value).strip('"')}" for key, value in values.items()]
 
 

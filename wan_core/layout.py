@@ -15,7 +15,8 @@ SIZES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_
 COUNTS = (*(f"model.{name}" for name in (*SIZES, "num_attention_heads", "num_layers")), "train.micro_batch_size")
 DEFAULTS: dict[str, Any] = {  # of what a recipe may leave out: megatron's, and those of `recipes`
     **dict.fromkeys(COUNTS, 1), "model.sequence_parallel": False, "model.cp_comm_type": None,
-    "model.recompute_granularity": None, "model.recompute_modules": None, "train.global_batch_size": 1,
+    "model.recompute_granularity": None, "model.recompute_modules": None, "model.recompute_method": None,
+    "model.recompute_num_layers": None, "train.global_batch_size": 1,
     "dataset.batch_unit": "packs", "dist.use_megatron_fsdp": False, "ddp.use_megatron_fsdp": False,
 }  # fmt: skip
 
@@ -50,6 +51,17 @@ def check_layout(config: Any) -> None:
         not config.recompute_modules,
         f"recompute_modules={config.recompute_modules} names parts of megatron's own blocks; leave it out: selective "
         "recomputes norms, rotations, GELU and gated adds",
+    )
+    method, count = config.recompute_method, config.recompute_num_layers
+    check(
+        config.recompute_granularity == "full" or method is count is None,
+        f"recompute_method={method} and recompute_num_layers={count} belong to recompute_granularity=full, which is "
+        f"{config.recompute_granularity}; set both to null",
+    )
+    check(
+        config.recompute_granularity != "full" or (method in ("block", "uniform") and type(count) is int),
+        f"recompute_granularity=full needs recompute_method (block or uniform), which is {method}, and "
+        f"recompute_num_layers, which is {count}; uniform and 1 recompute every layer",
     )
     check(
         config.cp_comm_type == "p2p" or heads % (tp * cp) == 0,

@@ -32,6 +32,7 @@ from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
 from wan_core.layout import check_batch, check_layout, check_ranks
 from wan_core.lora import LoraConfig
+from wan_core.model.kernels import attention_backend
 from wan_core.model.provider import WanProvider
 from wan_core.overrides import apply_override
 from wan_core.recipe_values import ARCHITECTURE, recipe_values
@@ -75,9 +76,15 @@ class WanConfigContainer(ConfigContainer):
         """Bridge's, which asks for it before anything else.
 
         Raises:
-            ValueError: the layout cannot work, or not on so many ranks.
+            ValueError: the layout cannot work, or not on so many ranks, or not with what is installed.
         """
         check_layout(self.model)
+        ring = self.model.context_parallel_size > 1 and self.model.cp_comm_type == "p2p"
+        check(
+            not ring or attention_backend() != "cudnn",
+            "cp_comm_type=p2p needs FlashAttention 4 on GPUs, which is not installed here; run uv sync --extra gpu, or "
+            "choose a2a",
+        )
         check_ranks(self.model, world_size)
         return int(super().get_data_parallel_size(world_size))
 

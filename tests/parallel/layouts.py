@@ -40,11 +40,11 @@ RECOMPUTED = (
     "tp2-pp2-full", "tp2-sp-cp2-full",
 )  # fmt: skip
 FSDP = ("dp2-fsdp", "dp2-fsdp-selective", "dp2-fsdp-full", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
-SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-save", "dp2-fsdp-save")
+SAVED = ("tp2-save", "tp2-sp-cp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save")
 LOADED = (
     "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
     "load:dp2-fsdp-save", "dp2-fsdp-load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
-    "dp2-fsdp-load:dp2-save",
+    "dp2-fsdp-load:dp2-save", "load:cp2-fsdp-save",
 )  # fmt: skip
 I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
 BASES = ("one-long", "single", "one-i2v")

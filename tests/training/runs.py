@@ -14,6 +14,7 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 PROMPTS = "[a red circle moving left, a blue square moving up, a green circle]"
 SETTINGS = (
@@ -46,6 +47,7 @@ REFUSED = {  # what a user may get wrong, behind the name of a folder that it ma
     "section": ("--mock", "--config-file", "FOLDER/../../section.yaml"),
     "size": ("--mock", "--config-file", "FOLDER/../../size.yaml"),
     "layout": ("--mock", "model.tensor_model_parallel_size=5"),
+    "recompute": ("--mock", "model.recompute_granularity=full"),
     "ranks": ("--mock", "model.tensor_model_parallel_size=2"),
     "async": ("--mock", "checkpoint.async_save=true"),
     "adapters": ("--mock", "lora.dim=4"),
@@ -76,6 +78,9 @@ def main(out: Path) -> None:
     (out / "section.yaml").write_text("train: 5")
     (out / "size.yaml").write_text("architecture: t2v-3B")
     said = {name: refusal(out / "bad" / name, *REFUSED[name]) for name in refused}
+    with mock.patch("wan_core.recipes.attention_backend", return_value="cudnn"):  # as on a GPU without FlashAttention 4
+        ring = ("--mock", "model.context_parallel_size=2", "model.cp_comm_type=p2p")
+        said["ring"] = refusal(out / "bad" / "ring", *ring)
     (out / "refusals.json").write_text(json.dumps(said))
     (out / "layers.json").write_text(json.dumps(layers(out / "user.yaml")))
     (out / "rates.json").write_text(json.dumps({name: rates(*SCHEDULES[name]) for name in SCHEDULES}))

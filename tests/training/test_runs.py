@@ -205,6 +205,11 @@ def test_weights_and_biases_and_mlflow_get_the_same(runs: Path, monkeypatch: pyt
         ("section", "FOLDER/../../section.yaml: train=5 is no section; write fields below it"),
         ("size", "architecture='t2v-3B' is unknown; choose one of t2v-1.3B, t2v-14B, i2v-14B"),
         ("layout", "num_attention_heads=12 is not divisible by tensor_model_parallel_size=5; choose one of 1, 2, 3, 4"),
+        (
+            "ring",
+            "cp_comm_type=p2p needs FlashAttention 4 on GPUs, which is not installed here; run uv sync --extra gpu",
+        ),
+        ("recompute", "recompute_granularity=full needs recompute_method (block or uniform), which is None, and "),
         ("ranks", "1 ranks (nodes x processes_per_node) are no multiple of tensor_model_parallel_size=2; start 2, or "),
         ("async", "checkpoint.async_save=true needs a GPU"),
         ("adapters", "lora.dim=4 needs weights to adapt; give --training-mode finetune and --model"),

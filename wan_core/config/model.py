@@ -13,7 +13,8 @@ from wan_core.trainer_keys import check_trainer_key
 RESUMABLE_KEYS = (
     "train.train_iters", "validation.", "stability.", "checkpoint.", "logger.", "dist.",
     "ddp.", "profiling.", "dataset.num_workers", "model.tensor_model_parallel_size", "model.sequence_parallel",
-    "model.context_parallel_size", "model.pipeline_model_parallel_size", "model.recompute_",
+    "model.context_parallel_size", "model.cp_comm_type", "model.pipeline_model_parallel_size", "model.recompute_",
+    "train.global_batch_size",
 )  # fmt: skip
 
 
