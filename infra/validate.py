@@ -95,8 +95,9 @@ def check_pool(path: Path) -> None:
     if "job_manifest" in job:
         manifest = job["job_manifest"]
         container = manifest["spec"]["template"]["spec"]["containers"][0]
-        # As the worker hands it over: the command as a list, the environment as names and values.
-        container |= {"args": ["prefect", "flow-run", "execute"], "env": [{"name": "A", "value": "b"}]}
+        # As the worker hands it over: the command as a list, the run's environment before the template's own.
+        container["env"] = [{"name": "A", "value": "b"}, *container["env"]]
+        container["args"] = ["prefect", "flow-run", "execute"]
         manifest["metadata"] = {"namespace": manifest["metadata"]["namespace"], "generateName": "flow-"}
         kubernetes_validate.validate(manifest, "1.31", strict=True)
 

@@ -1,7 +1,8 @@
 """What a stage shows in Prefect's UI: a Markdown page per record, tables, pictures and links.
 
 A page of the UI cannot open files of the machine that worked. Where the workspace is served over HTTP, its address in
-WAN_FILES_URL, and TensorBoard's in WAN_TENSORBOARD_URL, become links; otherwise the paths are shown.
+WAN_FILES_URL, and TensorBoard's in WAN_TENSORBOARD_URL, become links; otherwise the paths are shown. WAN_FILES_ROOT is
+the folder at that address, if it is not the workspace itself but one that holds it.
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ class LivePage:
 
 def address(path: Path, workspace: Path) -> str | None:
     """Where a browser finds a file of the workspace; None where nobody serves it."""
-    base = os.environ.get("WAN_FILES_URL")
-    return f"{base.rstrip('/')}/{path.relative_to(workspace).as_posix()}" if base else None
+    base, path = os.environ.get("WAN_FILES_URL"), path.resolve()
+    root = Path(os.environ.get("WAN_FILES_ROOT") or workspace).resolve()  # the image has /app/workspace -> /workspace
+    return f"{base.rstrip('/')}/{path.relative_to(root).as_posix()}" if base and path.is_relative_to(root) else None
 
 
 def _links(record: Record) -> Iterator[tuple[str, str]]:

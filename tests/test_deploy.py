@@ -1,0 +1,78 @@
+"""`deployments/deploy` against a server of the test's own, as compose and Kubernetes run it: at every start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import WorkPool
+from prefect.events.schemas.automations import AutomationCore
+from pydantic import TypeAdapter
+
+from wan_core.config import PipelineConfig
+
+ROOT = Path(__file__).parents[1]
+NAME = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())["name"]
+
+
+def test_the_own_models_deployments_encode_and_train_on_gpus() -> None:
+    items = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    configs = [item["parameters"]["config"] for item in items if item["name"] == "default"]
+    assert len(configs) == 6
+    for config in map(TypeAdapter(PipelineConfig).validate_python, configs):
+        assert config.ray.gpus_per_actor == 1 and config.ray.actors == config.launch.gpus_per_node
+        assert config.launch.processes_per_node == config.launch.gpus_per_node > 1
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+    from flows.server import prefect_api
+
+    with prefect_api(tmp_path_factory.mktemp("prefect")), get_client(sync_client=True) as client:
+        yield client
+
+
+def program(*command: str) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_automation_is_made_once_left_alone_and_brought_up_to_date(client: SyncPrefectClient) -> None:
+    for _ in range(2):  # what deploying twice by the guide of an earlier version left
+        program("prefect", "automation", "create", "--from-file", "deployments/automations.yaml")
+    (first, _) = client.read_automations_by_name(NAME)
+    for _ in range(2):
+        program(sys.executable, "deployments/automate.py")
+        assert client.read_automations_by_name(NAME) == [first]
+    older = first.model_dump(exclude={"id", "owner_resource"}) | {"description": "an older version's"}
+    client.update_automation(first.id, AutomationCore.model_validate(older))
+    program(sys.executable, "deployments/automate.py")
+    (one,) = client.read_automations_by_name(NAME)
+    assert one.description == first.description
+
+
+@pytest.mark.slow
+def test_deploying_again_keeps_the_pool_and_puts_the_schedule_as_the_file_has_it(client: SyncPrefectClient) -> None:
+    template = json.loads((ROOT / "deployments" / "pools" / "docker.json").read_text())
+    client.create_work_pool(WorkPoolCreate(name="wan", type="docker", base_job_template=template))
+    program("deployments/deploy")
+    nightly = client.read_deployment_by_name("nightly-finetune/default")
+    (schedule,) = nightly.schedules
+    assert schedule.active is False
+    client.update_deployment_schedule(nightly.id, schedule.id, active=True)
+    program("deployments/deploy")
+    assert [one.active for one in client.read_deployment_by_name("nightly-finetune/default").schedules] == [False]
+    pool: WorkPool = client.read_work_pool("wan")
+    assert pool.type == "docker" and "shm_size" in pool.base_job_template["variables"]["properties"]
+    assert len(client.read_automations_by_name(NAME)) == 1
