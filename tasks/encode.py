@@ -18,7 +18,7 @@ from prefect.utilities.annotations import quote
 from tasks import progress
 from tasks.errors import may_be_one_clips_doing, retrying_helps
 from tasks.progress import Progress
-from tasks.stage import Target, Workspace, forget, stage_task
+from tasks.stage import Target, Workspace, begun_before, move_aside, stage_task
 from tasks.workers import EncodePool, ray_session
 from wan_core.config import EncodeConfig, RayConfig
 from wan_core.data.folder import Location
@@ -77,7 +77,7 @@ def encode_part(part: Part, pool: EncodePool, clips: Clips, videos: Location, ou
 def quarantine_clip(
     part: Part, config: EncodeConfig, encoder: dict[str, str], output_dir: Path, error: BaseException
 ) -> PartRecord:
-    """Give up the only clip of a part."""
+    """Give up the only clip of a part until the next run."""
     from wan_core.encode.part import quarantine_part
 
     what = (str(error).strip() or "no message").splitlines()[0]
@@ -143,8 +143,8 @@ def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: L
     started = time.monotonic()
     progress.watcher.started("encode", folder)
     with workspace.alone(target):
-        if target.refresh:
-            forget(folder)
+        if target.refresh and not begun_before():
+            move_aside(folder)
         plan = stage.plan(config, dataset, folder)
         if plan.parts:
             encode_parts(plan, config, ray, videos, model, folder)

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import prefect.runtime.flow_run
 import prefect.runtime.task_run
 from prefect import get_run_logger, task
 from prefect.cache_policies import CacheKeyFnPolicy, CachePolicy
@@ -71,6 +72,11 @@ def _run_name() -> str:
     return f"{prefect.runtime.task_run.task_name}/{prefect.runtime.task_run.parameters['target'].folder.name}"
 
 
+def begun_before() -> bool:
+    """Whether this is a later attempt of its task or its flow run, which a scheduler may have started anew."""
+    return prefect.runtime.task_run.run_count > 1 or prefect.runtime.flow_run.run_count > 1
+
+
 def move_aside(folder: Path) -> None:
     """Take what took long to make out of the way of its successor; nobody but the user deletes it."""
     if folder.exists():
@@ -85,7 +91,7 @@ def made_again(folder: Path) -> Iterator[None]:
     by the first attempt, and the others go on with what that one did.
     """
     if folder.parent.name == RUN_FOLDER:
-        if prefect.runtime.task_run.run_count <= 1:
+        if not begun_before():
             move_aside(folder)
         yield
         return
