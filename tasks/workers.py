@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 START_ATTEMPTS = 3
 START_ERRORS = ("timed out during startup", "Failed to connect to GCS")  # what Ray says on a loaded machine
+NODE_SECONDS = 300.0  # for a cluster to start a machine that holds a worker, as launch.placement_seconds
 RESTART_SECONDS = 300.0  # for Ray to start a lost worker again, on a loaded machine
 READY_RETRIES = 3  # of a worker that dies while it loads its encoders
 OBJECT_STORE_BYTES = 128 << 20  # actors write straight to disk; what travels through Ray is small
@@ -70,6 +71,30 @@ class Closed(RuntimeError):
     """The pool was closed while a part waited or worked: its run is ending, so nothing is tried again."""
 
 
+def check_some_node_suffices(config: RayConfig) -> None:
+    """Raise `ValueError` if no node has one worker's share: Ray would wait for ever. Where some fit, they do the work.
+
+    A cluster may start machines for workers that wait, and Ray does not say whether it does, so it has `NODE_SECONDS`.
+    """
+    import ray
+
+    end = time.monotonic() + (NODE_SECONDS if config.address else 0)
+    while True:
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [(has.get("GPU", 0.0), has.get("CPU", 0.0)) for has in found]
+        if any(gpus >= config.gpus_per_actor and cpus >= config.cpus_per_actor for gpus, cpus in nodes):
+            return
+        if time.monotonic() >= end:
+            break
+        time.sleep(POLL_SECONDS)
+    gpus, cpus = max(nodes, default=(0.0, 0.0))
+    raise ValueError(
+        f"ray.gpus_per_actor={config.gpus_per_actor:g} and ray.cpus_per_actor={config.cpus_per_actor:g} are more than "
+        f"any node of {config.address or 'this machine'} has (at most {gpus:g} GPUs and {cpus:g} CPUs); lower them "
+        "(ray.gpus_per_actor=0 encodes on CPUs), or give the ray.address of a cluster that has them"
+    )
+
+
 class EncodePool:
     """Workers to borrow, one part at a time. Must be used inside `ray_session`.
 
@@ -88,8 +113,10 @@ class EncodePool:
         self._closed = threading.Event()
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._num_left, self._lock = ray_config.actors, threading.Lock()
-        for _ in range(ray_config.actors):
-            self._admit(remote.remote(config, model, device))
+        workers = [remote.remote(config, model, device) for _ in range(ray_config.actors)]
+        check_some_node_suffices(ray_config)  # after a cluster knows what is asked of it
+        for worker in workers:
+            self._admit(worker)
 
     def _admit(self, worker: Any) -> None:
         """Lend a worker as soon as it is ready, which may be after Ray has started it on another node."""

@@ -80,14 +80,16 @@ def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
         "meta.json": json.dumps(rows), "blank.mp4": "1", "range.mp4": "2", "half.mp4": "3", "film.avi": "4",
         "alone.mp4": "5", "broken.mp4": "6", "broken.json": "{", "list.mp4": "7", "list.json": "[1]", "old.gif": "8",
         "one.mp4": "same", "one.txt": "same", "two.mp4": "same", "two.txt": "same", "three.mp4": "same",
-        "three.txt": "another caption",
+        "three.txt": "another caption", "both.mp4": "9", "both.json": '{"caption": "a"}', "both.jsonl": '"b"',
+        "fields.mp4": "10", "fields.txt": "plain", "fields.json": '{"width": 9}', "fields.jsonl": "{",
     }))  # fmt: skip
-    assert captions(found) == {"one.mp4": "same", "three.mp4": "another caption"}
+    assert captions(found) == {"fields.mp4": "plain", "one.mp4": "same", "three.mp4": "another caption"}
     expected = {
         "gone.mp4": "does not exist", "../out.mp4": "outside the folder", "blank.mp4": "row 3: no caption",
         "range.mp4": "end_frame=3 is before start_frame=9", "half.mp4": "start_frame=1.5 is not a frame number",
         "film.avi": ".avi is not one of", "old.gif": ".gif is not one of", "alone.mp4": "no caption: no .txt",
         "broken.mp4": "caption file broken.json: Expecting", "list.mp4": "holds a list",
+        "both.mp4": "two captions: both.json and both.jsonl differ; keep one",
         "two.mp4": "duplicate: same bytes, caption and frames as one.mp4",
     }  # fmt: skip
     found_reasons = reasons(found)
@@ -113,6 +115,7 @@ def test_keys_follow_bytes_caption_and_range(tmp_path: Path) -> None:
         ({"meta.csv": "name,caption\na.mp4,x\n", "a.mp4": ""}, "it has the columns name, caption"),
         ({"meta.json": '[{"file_name": "a.mp4"}', "a.mp4": ""}, "Expecting ',' or ']'"),
         ({"meta.json": "[] []", "a.mp4": ""}, "Extra data"),
+        ({"meta.json": "[" * 100_000 + "]" * 100_000, "a.mp4": ""}, "meta.json cannot be read: .*recursion"),
         ({"meta.json": "[]", "meta.csv": "", "a.mp4": ""}, "meta.csv and meta.json; keep one"),
     ],
 )

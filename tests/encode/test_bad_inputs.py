@@ -149,6 +149,17 @@ KINDS: dict[str, Kind] = {
     "range that is no number": (
         "b14.mp4", lambda p: good(p, 114), '{"caption": "x", "end_frame": "many"}', "is not a frame number",
     ),
+    "JSON nested too deeply": (
+        "b16.mp4", lambda p: good(p, 116), '{"caption": ' + "[" * 100_000 + "]" * 100_000 + "}", "b16.json: .*too deep",
+    ),
+    "two captions that differ": (
+        "b17.mp4", lambda p: (good(p, 117), p.with_suffix(".json").write_text('{"caption": "y"}')), "x",
+        "two captions: b17.txt and b17.json differ; keep one",
+    ),
+    "one caption twice": (
+        "b18.mp4", lambda p: (good(p, 118), p.with_suffix(".json").write_text('{"caption": "x", "width": 9}')), "x",
+        ENCODED,
+    ),
     "range that is infinite": (
         "b15.mp4", lambda p: good(p, 115), '{"caption": "x", "end_frame": Infinity}', "is not a frame number",
     ),
@@ -166,6 +177,8 @@ ROWS: dict[str, tuple[bytes, str, str]] = {
     "row that is no JSON": (b"{file_name: c05}", "meta.jsonl, row 9", "not JSON"),
     "row that is not UTF-8": (b'{"file_name": "caf\xe9.mp4"}', "meta.jsonl, row 10", "not JSON"),
     "row that is a list": (b'["c01.mp4"]', "meta.jsonl, row 11", "no file_name"),
+    "row whose name is a list": (b'{"file_name": ["c01.mp4"], "caption": "x"}', "meta.jsonl, row 12", "no file_name"),
+    "row nested too deeply": (b"[" * 100_000 + b"]" * 100_000, "meta.jsonl, row 13", "nested too deeply"),
 }  # fmt: skip
 NEIGHBOURS = 6
 

@@ -13,8 +13,9 @@ from tests.encode.test_video import numbers, ramp
 from wan_core.config import EncodeConfig, Size, num_tokens
 from wan_core.data.clips import Clip, scan
 from wan_core.data.folder import LocalFolder, open_folder
+from wan_core.encode import stage
 from wan_core.encode.buckets import ASPECTS, buckets, choose_bucket
-from wan_core.encode.decode import read_timeline
+from wan_core.encode.decode import ClipError, read_timeline
 from wan_core.encode.ranges import cut, scene_cuts
 from wan_core.encode.timeline import Timeline
 from wan_core.encode.video import read_clip, read_video, write_video
@@ -178,6 +179,21 @@ def test_clips_decode_to_their_buckets(tmp_path: Path) -> None:
         assert frames.shape == (*expected, 3) and num_tokens(len(frames), Size(*expected[1:])) <= 200
     still = replace(config, mode="frames", min_frames=1)
     assert read_video(tmp_path / "wide.mp4", still).shape == (1, 64, 96, 3)
+
+
+def test_buckets_keep_to_the_lengths_of_the_config(tmp_path: Path) -> None:
+    config = EncodeConfig(
+        sizes=(Size(64, 96),), tokens_per_sample=1000, bucket_frames=(5, 9, 17, 33), min_frames=9, max_frames=17
+    )
+    for num_frames, expected in ((40, 17), (16, 9)):
+        write_video(tmp_path / f"{num_frames}.mp4", np.zeros((num_frames, 64, 96, 3), np.uint8), 16)
+        assert len(read_video(tmp_path / f"{num_frames}.mp4", config)) == expected
+    write_video(tmp_path / "8.mp4", np.zeros((8, 64, 96, 3), np.uint8), 16)
+    with pytest.raises(ClipError, match="too short: 8 frames at 16 fps"):  # not cut to 5, below min_frames
+        read_video(tmp_path / "8.mp4", config)
+    none = replace(config, bucket_frames=(5, 33))
+    with pytest.raises(ValueError, match=r"has no length from min_frames=9 to max_frames=17 .*for example 9"):
+        stage.look(none, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(

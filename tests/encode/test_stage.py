@@ -150,6 +150,64 @@ def test_rerun_touches_only_new_clips(videos: Path, tiny_model: Path, tmp_path: 
     assert find_record(EncodeRecord, out, second.fingerprint) == second
 
 
+def encode_planned(dataset: stage.Dataset, videos: Path, model: Path, out: Path) -> tuple[list[str], EncodeRecord]:
+    """Encode what is missing of a dataset: the paths of it, and the record."""
+    planned = stage.plan(CONFIG, dataset, out)
+    encoders = stage.load_encoders(CONFIG, model, DEVICE)
+    for part in planned.parts:
+        stage.encode_part(CONFIG, part, videos, out, encoders)
+    return [clip.path for part in planned.parts for clip in part.clips], stage.finish(CONFIG, planned, out)
+
+
+def test_clips_that_could_not_be_read_are_tried_again(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (videos / "broken.mp4").write_bytes(b"this is no video")
+    (videos / "broken.txt").write_text("a caption")
+    out, dataset = tmp_path / "out", stage.look(CONFIG, videos, tiny_model)
+    (videos / "good1.mp4").rename(tmp_path / "good1.mp4")  # between plan and read the mount is gone
+    (videos / "good4.mp4").rename(tmp_path / "good4.mp4")
+    (videos / "good4.mp4").mkdir()  # FFmpeg opens it, and fails as it does with a damaged file
+    tried, first = encode_planned(dataset, videos, tiny_model, out)
+    assert len(tried) == 8 and (first.num_clips, first.num_quarantined) == (5, 3)
+    rows = {row.pop("path"): row for row in lines(out / "quarantine.jsonl")}
+    assert rows["good1.mp4"] == {"reason": "cannot be read: No such file or directory", "retry": True}
+    assert rows["good4.mp4"] == {"reason": "cannot be read: Is a directory", "retry": True}
+    assert rows["broken.mp4"].keys() == {"reason"}
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "parts").rglob("*")}
+    for _ in range(2):  # still gone: the clips share a part, which is then made anew
+        tried, again = encode_planned(dataset, videos, tiny_model, out)
+        assert tried == ["good1.mp4", "good4.mp4"]
+        assert again.fingerprint == first.fingerprint != dataset.fingerprint
+    (videos / "good4.mp4").rmdir()
+    (tmp_path / "good4.mp4").rename(videos / "good4.mp4")
+    tried, fewer = encode_planned(dataset, videos, tiny_model, out)
+    assert tried == ["good1.mp4", "good4.mp4"] and fewer.num_clips == 6
+    (tmp_path / "good1.mp4").rename(videos / "good1.mp4")
+    whole = stage.run(CONFIG, videos, tiny_model, out)  # a plain run
+    assert (whole.num_clips, whole.num_quarantined) == (7, 1) and whole.fingerprint == dataset.fingerprint
+    assert len({first.fingerprint, fewer.fingerprint, whole.fingerprint}) == 3  # later stages see new clips
+    assert [row["path"] for row in lines(out / "quarantine.jsonl")] == ["broken.mp4"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    state = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert stage.run(CONFIG, videos, tiny_model, out) == whole
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == {
+        path: time for path, time in state.items() if path.name != ".lock"
+    }
+
+
+def test_too_many_clips_that_could_not_be_read_fail_until_they_can(
+    videos: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    dataset = stage.look(CONFIG, videos, tiny_model)
+    videos.rename(tmp_path / "unmounted")
+    videos.mkdir()
+    with pytest.raises(ValueError, match=r"7 x cannot be read.*; 7 of them could not be read .*: run again"):
+        encode_planned(dataset, videos, tiny_model, tmp_path / "out")
+    videos.rmdir()
+    (tmp_path / "unmounted").rename(videos)
+    assert stage.run(CONFIG, videos, tiny_model, tmp_path / "out").num_clips == 7
+
+
 def test_altered_part_is_encoded_again(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     record = stage.run(CONFIG, videos, tiny_model, tmp_path / "out")
     tar = record.parts[1] / "part.tar"

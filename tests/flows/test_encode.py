@@ -16,7 +16,7 @@ from prefect import flow
 
 from tasks.encode import encode, encode_part
 from tasks.stage import Workspace
-from tasks.workers import EncodeWorker, WorkersLostError
+from tasks.workers import EncodePool, EncodeWorker, WorkersLostError, check_some_node_suffices, ray_session
 from tests.processes import living
 from wan_core.config import EncodeConfig, RayConfig, Size
 from wan_core.encode.part import Part
@@ -129,6 +129,25 @@ def test_the_clip_that_breaks_its_part_is_quarantined_and_the_rest_completes(
     assert found.keys() == {"poison.mp4"} and reason in found["poison.mp4"]
     members = [name for part in record.parts for name in json.loads((part / "members.json").read_text())]
     assert len(members) == 3 * 3  # .json, .pickle and .pth of each
+
+    monkeypatch.setattr("tasks.workers.EncodeWorker", EncodeWorker)  # a larger machine
+    again = encoded(tmp_path / "work", videos, tiny_model).outcomes[0]
+    assert not again.reused and isinstance(again.record, EncodeRecord)
+    assert (again.record.num_clips, again.record.num_quarantined) == (4, 0)
+    assert set(record.parts) < set(again.record.parts) and record.fingerprint != again.record.fingerprint
+    assert encoded(tmp_path / "work", videos, tiny_model).outcomes[0].reused
+
+
+def test_workers_that_no_node_can_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.workers.NODE_SECONDS", 0.1)
+    with ray_session(RayConfig()):
+        check_some_node_suffices(RayConfig(actors=50))
+        for asked, words in (
+            (RayConfig(gpus_per_actor=1000.0), "ray.gpus_per_actor=1000 and .* any node of this machine has .*lower"),
+            (RayConfig("ray://head:10001", cpus_per_actor=1e6), "ray.cpus_per_actor=1e.06 .* any node of ray://head"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                EncodePool(CONFIG, asked, tmp_path)
 
 
 @pytest.mark.slow

@@ -35,12 +35,20 @@ def read_sidecar(name: str, content: bytes) -> dict[str, Any]:
     text = content.decode("utf-8-sig").strip()
     if name.endswith(".txt"):
         return {"caption": text}
-    value = json.loads(text.split("\n", 1)[0] if name.endswith(".jsonl") else text)
+    value = _parsed(text.split("\n", 1)[0] if name.endswith(".jsonl") else text)
     if isinstance(value, str):
         return {"caption": value}
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object with a caption")
     return value
+
+
+def _parsed(text: str | bytes) -> Any:
+    """JSON; whatever is wrong with it is a `ValueError`."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def row_of(file: File, fields: dict[str, Any]) -> Row:
@@ -94,7 +102,7 @@ def read_table(folder: Folder, name: str) -> Iterator[tuple[int, Any]]:
     rows = {"parquet": _parquet, "csv": _csv, "jsonl": _jsonl, "json": _json}[name.rpartition(".")[2]]
     try:
         yield from enumerate(rows(content), start=1)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"{name} cannot be read: {error}; repair it") from error
 
 
@@ -128,7 +136,7 @@ def _jsonl(content: bytes) -> Iterator[Any]:
         start = end + 1 if end >= 0 else len(content)
         if line.strip():
             try:
-                yield json.loads(line)
+                yield _parsed(line)
             except ValueError as error:  # UnicodeDecodeError too
                 yield ValueError(f"it is not JSON: {error}")
 
@@ -146,7 +154,7 @@ def _json(content: bytes) -> Iterator[Any]:
 
     position = skipped(0)
     if text[position : position + 1] != "[":
-        raise ValueError(f"it holds a {type(json.loads(text)).__name__}, not a list of rows with file_name and caption")
+        raise ValueError(f"it holds a {type(_parsed(text)).__name__}, not a list of rows with file_name and caption")
     position = skipped(position + 1)
     mark = text[position : position + 1]
     if mark == "]":

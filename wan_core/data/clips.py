@@ -53,7 +53,7 @@ def scan(videos: Location, mode: Literal["video", "frames"] = "video") -> Scan:
 
     Captions come from one `meta.json` (.jsonl, .csv, .parquet; or `metadata.*`) in the folder itself, with the fields
     file_name, caption and optionally start_frame, end_frame (inclusive); a file that it does not list has its caption
-    in a .txt, .json or .jsonl of the same name beside it.
+    in a .txt, .json or .jsonl of the same name beside it. Where two of these give it different ones, it is set aside.
 
     Raises:
         ValueError: the folder does not exist, holds no clip, or its meta file cannot be read.
@@ -109,10 +109,10 @@ def _table_rows(
         name = fields.get("file_name") if isinstance(fields, dict) else None
         if isinstance(fields, ValueError):
             quarantined.append(Quarantined(where, str(fields)))
-        elif name in unusable:
-            continue
         elif not isinstance(name, str) or not name:
             quarantined.append(Quarantined(where, "it has no file_name; each row needs file_name and caption"))
+        elif name in unusable:
+            continue
         elif (file := media.get(name) or media.get(_plain(name))) is None:
             quarantined.append(Quarantined(_shown(name), f"{where}: {_why_not(name, suffixes)}"))
         else:
@@ -135,24 +135,35 @@ def _sidecar_rows(
     folder: Folder, files: list[File], sidecars: set[str], quarantined: list[Quarantined]
 ) -> Iterator[Row]:
     """Captions of files that no table lists."""
-    found: list[tuple[File, str]] = []
+    found: list[tuple[File, list[str]]] = []
     for file in files:
         stem = file.name[: -len(_suffix(file.name))]
-        sidecar = next((stem + suffix for suffix in SIDECAR_SUFFIXES if stem + suffix in sidecars), None)
-        if sidecar is None:
+        names = [stem + suffix for suffix in SIDECAR_SUFFIXES if stem + suffix in sidecars]
+        if names:
+            found.append((file, names))
+        else:
             reason = "no caption: no .txt, .json or .jsonl beside it, and no meta file lists it"
             quarantined.append(Quarantined(file.name, reason))
+    contents = folder.read([name for _, names in found for name in names])
+    for file, names in found:
+        read = {name.rpartition("/")[2]: _sidecar_row(file, name, next(contents)) for name in names}
+        (first, row), *others = read.items()
+        other = next((name for name, value in others if isinstance(value, Row) and value != row), None)
+        if isinstance(row, ValueError):
+            quarantined.append(Quarantined(file.name, f"caption file {first}: {row}"))
+        elif other is not None:
+            quarantined.append(Quarantined(file.name, f"two captions: {first} and {other} differ; keep one"))
         else:
-            found.append((file, sidecar))
-    contents = folder.read([sidecar for _, sidecar in found])
-    for (file, sidecar), content in zip(found, contents, strict=True):
-        try:
-            if isinstance(content, OSError):
-                raise ValueError(f"it cannot be read: {content.strerror or content}")
-            yield row_of(file, read_sidecar(sidecar, content))
-        except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-            shown = sidecar.rpartition("/")[2]
-            quarantined.append(Quarantined(file.name, f"caption file {shown}: {error}"))
+            yield row
+
+
+def _sidecar_row(file: File, name: str, content: bytes | OSError) -> Row | ValueError:
+    if isinstance(content, OSError):
+        return ValueError(f"it cannot be read: {content.strerror or content}")
+    try:
+        return row_of(file, read_sidecar(name, content))
+    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+        return error
 
 
 def _identified(folder: Folder, rows: list[Row], quarantined: list[Quarantined]) -> Scan:

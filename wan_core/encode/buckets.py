@@ -1,6 +1,7 @@
 """Buckets: the few shapes that the clips of a dataset take, each of at most `tokens_per_sample` tokens.
 
-A bucket is a length of `bucket_frames`, an area of `sizes` and one of nine aspect ratios, in multiples of 16 pixels.
+A bucket is a length of `bucket_frames` from `min_frames` to `max_frames`, an area of `sizes` and one of nine aspect
+ratios, in multiples of 16 pixels.
 A clip's bucket follows from its own length and size alone, so it is the same in every run and beside any other clips:
 
     1. aspect ratio: the nearest of the nine (of the logarithms);
@@ -15,7 +16,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from wan_core.config import SIZE_MULTIPLE, EncodeConfig, Size, num_tokens
+from wan_core.config import SIZE_MULTIPLE, EncodeConfig, Size, check, num_tokens
 
 ASPECTS = ((9, 21), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (21, 9))  # width, height
 
@@ -33,13 +34,25 @@ class Bucket:
 
 @cache
 def buckets(config: EncodeConfig) -> tuple[Bucket, ...]:
-    """Every bucket of a config, longest first."""
-    lengths = (1,) if config.mode == "frames" else sorted(config.bucket_frames, reverse=True)
+    """Every bucket of a config, longest first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    within = [frames for frames in config.bucket_frames if config.min_frames <= frames <= config.max_frames]
+    lengths = [1] if config.mode == "frames" else sorted(within, reverse=True)
     areas = sorted({size.height * size.width for size in config.sizes}, reverse=True)
     every = [
         Bucket(frames, size_of(area, aspect), aspect) for frames in lengths for area in areas for aspect in ASPECTS
     ]
-    return tuple(bucket for bucket in every if bucket.num_tokens <= config.tokens_per_sample)
+    found = tuple(bucket for bucket in every if bucket.num_tokens <= config.tokens_per_sample)
+    check(
+        len(found) > 0,
+        f"bucket_frames={config.bucket_frames} has no length from min_frames={config.min_frames} to "
+        f"max_frames={config.max_frames} that fits tokens_per_sample={config.tokens_per_sample}; add a length, for "
+        f"example {config.min_frames}, or raise tokens_per_sample",
+    )
+    return found
 
 
 def size_of(area: int, aspect: tuple[int, int]) -> Size:

@@ -16,7 +16,16 @@ from wan_core.encode.timeline import TOLERANCE, Timeline
 
 
 class ClipError(ValueError):
-    """A clip that cannot be used; the sentence is the reason that its quarantine row shows."""
+    """A clip that cannot be used; the sentence is the reason that its quarantine row shows.
+
+    Args:
+        retry: the cause lies around the clip, not in it (its file cannot be read, memory ran out): the next run tries
+            again. Otherwise it is final for these bytes and this caption.
+    """
+
+    def __init__(self, reason: str, retry: bool = False) -> None:
+        super().__init__(reason)
+        self.retry = retry
 
 
 class opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,9 +88,9 @@ def encode_part(
     """
     folder = output_dir / "parts" / part.name
     wanted = part_fingerprint(config, encoders.identity, [clip.key for clip in part.clips])
-    if found := records.find_record(PartRecord, folder, wanted):
+    if found := _found(folder, wanted):
         return found
-    quarantined: list[tuple[Clip, str]] = []
+    quarantined: list[tuple[Clip, ClipError]] = []
     with records.writing("encode", folder, config, wanted) as output:
         texts = encoders.text.encode(["", config.negative_prompt])  # before the long work
         for name, text in zip(STORED_TEXTS, texts, strict=True):
@@ -98,7 +99,7 @@ def encode_part(
         with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for done, (clip, sample) in enumerate(zip(part.clips, made.samples(), strict=True), start=1):
                 if isinstance(sample, ClipError):
-                    quarantined.append((clip, str(sample)))
+                    quarantined.append((clip, sample))
                 else:
                     write_sample(tar, sample)
                 progress(done)
@@ -108,20 +109,41 @@ def encode_part(
 def quarantine_part(
     config: EncodeConfig, part: Part, output_dir: Path, encoder: dict[str, str], reason: str
 ) -> PartRecord:
-    """A part that holds nothing but why its clips cannot be encoded; who removes its folder has them tried again."""
+    """A part that holds nothing but why its clips could not be encoded; the next run tries them again."""
     wanted = part_fingerprint(config, encoder, [clip.key for clip in part.clips])
-    with records.writing("encode", output_dir / "parts" / part.name, config, wanted) as output:
+    folder = output_dir / "parts" / part.name
+    if found := _found(folder, wanted):
+        return found
+    with records.writing("encode", folder, config, wanted) as output:
         tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT).close()
-        return _finish(output, [(clip, reason) for clip in part.clips], 0, None)
+        return _finish(output, [(clip, ClipError(reason, retry=True)) for clip in part.clips], 0, None)
+
+
+def _found(folder: Path, wanted: str) -> PartRecord | None:
+    """The record of a part that is whole. One that holds nothing but clips to be tried again is taken away."""
+    found = records.find_record(PartRecord, folder, wanted)
+    if found and not found.num_clips and all(row.get("retry") for row in read_quarantine(folder)):
+        shutil.rmtree(folder)
+        return None
+    return found
+
+
+def read_quarantine(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a part's quarantine.jsonl: key, path, reason, and `retry` where the next run tries the clip again."""
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def quarantine_row(path: str, fault: ClipError) -> dict[str, Any]:
+    return {"path": path, "reason": str(fault)} | ({"retry": True} if fault.retry else {})
 
 
 def _finish(
-    output: records.StageOutput, quarantined: list[tuple[Clip, str]], num_clips: int, error: float | None
+    output: records.StageOutput, quarantined: list[tuple[Clip, ClipError]], num_clips: int, error: float | None
 ) -> PartRecord:
     with tarfile.open(output.path / "part.tar") as tar:
         members = {member.name: [member.offset_data, member.size] for member in tar}
     (output.path / "members.json").write_text(json.dumps(members))
-    rows = [{"key": clip.key, "path": clip.path, "reason": reason} for clip, reason in quarantined]
+    rows = [{"key": clip.key} | quarantine_row(clip.path, fault) for clip, fault in quarantined]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output.path / "quarantine.jsonl").write_text(lines, encoding="utf-8")
     return output.finish(PartRecord, num_clips=num_clips, num_quarantined=len(rows), vae_error=error)
@@ -191,8 +213,27 @@ def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> Tensor | ClipErro
     """uint8 [T, H, W, 3], or why not."""
     try:
         with videos.local(clip.path, clip.digest) as path:
-            return pinned(read_clip(path, clip, config))
-    except ClipError as error:
-        return error
-    except (FileNotFoundError, PermissionError, ChangedError) as error:
-        return ClipError(f"cannot be read: {error.strerror or error}")
+            try:
+                return pinned(read_clip(path, clip, config))
+            except ClipError as error:
+                # FFmpeg and PIL report a disk that fails, or a file that is locked away, as they do a damaged one.
+                return (_unreadable(path) if isinstance(error.__cause__, OSError) else None) or error
+            except OSError as error:
+                return _unread(error)
+    except (FileNotFoundError, PermissionError, ChangedError) as error:  # lost connections are the part's to retry
+        return _unread(error)
+
+
+def _unread(error: OSError) -> ClipError:
+    return ClipError(f"cannot be read: {error.strerror or error}", retry=True)
+
+
+def _unreadable(path: Path) -> ClipError | None:
+    """Why a file's bytes cannot be had, or None if they can."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as error:
+        return _unread(error)
+    return None

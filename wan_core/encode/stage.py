@@ -13,6 +13,9 @@
 
 The folder is named by the settings alone (`settings_fingerprint`) and outlives changes of the clips: parts are
 immutable, a clip that lies in one is never encoded again, and the record says which clips make up the dataset.
+
+A quarantined clip is final until its bytes or caption change, unless its row has `retry`: what failed lies around the
+clip (its file could not be read, its worker was killed, memory ran out), and every run tries it again.
 """
 
 from __future__ import annotations
@@ -36,7 +39,17 @@ from wan_core.config import STORED_TEXTS, EncodeConfig, check
 from wan_core.data.clips import Clip, Quarantined, scan
 from wan_core.data.folder import Location, open_folder
 from wan_core.digests import encoder_identity
-from wan_core.encode.part import Part, encode_part, load_encoders, part_fingerprint, part_of
+from wan_core.encode.buckets import buckets
+from wan_core.encode.decode import ClipError
+from wan_core.encode.part import (
+    Part,
+    encode_part,
+    load_encoders,
+    part_fingerprint,
+    part_of,
+    quarantine_row,
+    read_quarantine,
+)
 from wan_core.encode.ranges import cut
 from wan_core.records import EncodeRecord, PartRecord
 
@@ -45,7 +58,7 @@ from wan_core.records import EncodeRecord, PartRecord
 class Dataset:
     """The clips of a folder, before any of them is encoded."""
 
-    fingerprint: str  # of settings, encoders and clips
+    fingerprint: str  # of settings, encoders and clips; its record's, if no clip is to be tried again
     encoder: dict[str, str]
     clips: tuple[Clip, ...]
     quarantined: tuple[Quarantined, ...]
@@ -56,8 +69,8 @@ class EncodePlan:
     """What is to be done, and what is there already."""
 
     dataset: Dataset
-    parts: tuple[Part, ...]  # still to be encoded
-    num_encoded: int  # clips that lie in parts already, quarantined ones included
+    parts: tuple[Part, ...]  # still to be encoded, or to be tried again
+    num_encoded: int  # clips that lie in parts already, finally quarantined ones included
 
 
 def settings_fingerprint(config: EncodeConfig, model: Path) -> str:
@@ -69,8 +82,10 @@ def look(config: EncodeConfig, videos: Location, model: Path) -> Dataset:
     """Find the clips of a folder or URL.
 
     Raises:
-        ValueError: there is no clip, or the model folder lacks an encoder.
+        ValueError: there is no clip, no bucket that one could go to, or the model folder lacks an encoder.
     """
+    if config.tokens_per_sample:
+        buckets(config)
     encoder = encoder_identity(model)
     scanned = cut(config, open_folder(videos), scan(videos, config.mode))
     keys = sorted(clip.key for clip in scanned.clips)
@@ -79,8 +94,8 @@ def look(config: EncodeConfig, videos: Location, model: Path) -> Dataset:
 
 
 def plan(config: EncodeConfig, dataset: Dataset, output_dir: Path) -> EncodePlan:
-    """Look at the parts that exist, and group the clips that are missing into new parts."""
-    known = {key for part in _whole_parts(config, dataset.encoder, output_dir) for key in part.keys}
+    """Look at the parts that exist, and group the clips that are missing, or to be tried again, into new parts."""
+    known = {key for part in _whole_parts(config, dataset.encoder, output_dir) for key in part.final_keys}
     missing = [clip for clip in dataset.clips if clip.key not in known]
     size = config.clips_per_part
     groups = [tuple(missing[i : i + size]) for i in range(0, len(missing), size)]
@@ -91,6 +106,9 @@ def plan(config: EncodeConfig, dataset: Dataset, output_dir: Path) -> EncodePlan
 def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRecord:
     """Gather the parts, once all of `plan.parts` are encoded, into the dataset's record.
 
+    A record of which clips are to be tried again has a fingerprint that also covers these: so the next run, which looks
+    for the dataset's, does not take it for done, and later stages work again only once the set of clips is another.
+
     Raises:
         ValueError: more than `max_quarantine_share` of the clips is quarantined, or none is left.
     """
@@ -98,14 +116,16 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     dataset = plan.dataset
     parts = _whole_parts(config, dataset.encoder, output_dir)
     encoded = {key: part.record.path.name for part in parts for key in part.encoded}
-    reasons = {key: reason for part in parts for key, reason in part.quarantined.items()}
+    faults = _faults(parts)
     bad = [{"path": row.path, "reason": row.reason} for row in dataset.quarantined]
+    again: list[str] = []  # keys
     for clip in dataset.clips:
         if clip.key in encoded:
             continue
-        if clip.key not in reasons:
+        if clip.key not in faults:
             raise ValueError(f"clip {clip.path} lies in no part of {output_dir}; run encode_part for each planned part")
-        bad.append({"path": clip.path, "reason": reasons[clip.key]})
+        bad.append(quarantine_row(clip.path, faults[clip.key]))
+        again += [clip.key] if faults[clip.key].retry else []
     (output_dir / records.RECORD_NAME).unlink(missing_ok=True)  # from here on the old dataset is not whole
     _write_lines(output_dir / "quarantine.jsonl", bad)
     kept = [clip for clip in dataset.clips if clip.key in encoded]
@@ -118,7 +138,8 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     used = sorted({encoded[clip.key] for clip in kept})
     for name in STORED_TEXTS:
         shutil.copyfile(output_dir / "parts" / used[0] / name, output_dir / name)
-    output = records.StageOutput("encode", output_dir, output_dir, config, dataset.fingerprint)
+    made = records.digest([dataset.fingerprint, *sorted(again)]) if again else dataset.fingerprint
+    output = records.StageOutput("encode", output_dir, output_dir, config, made)
     record = output.finish(
         EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(kept),
         num_quarantined=len(bad), encoder=dataset.encoder,
@@ -169,11 +190,19 @@ def _alone(output_dir: Path) -> Iterator[None]:
 class _WholePart:
     record: PartRecord
     encoded: frozenset[str]  # keys
-    quarantined: dict[str, str]  # key -> reason
+    quarantined: dict[str, ClipError]  # key -> reason
 
     @property
-    def keys(self) -> list[str]:
-        return [*self.encoded, *self.quarantined]
+    def final_keys(self) -> list[str]:
+        return [*self.encoded, *(key for key, fault in self.quarantined.items() if not fault.retry)]
+
+
+def _faults(parts: list[_WholePart]) -> dict[str, ClipError]:
+    """Why each key is in no part: the newest reason, and a final one before those that may pass."""
+    some = [part for part in parts if part.quarantined]
+    some.sort(key=lambda part: (part.record.path / records.RECORD_NAME).stat().st_mtime_ns)
+    found = [(key, fault) for part in some for key, fault in part.quarantined.items()]
+    return dict(sorted(found, key=lambda item: not item[1].retry))
 
 
 def _whole_parts(config: EncodeConfig, encoder: dict[str, str], output_dir: Path) -> list[_WholePart]:
@@ -183,10 +212,10 @@ def _whole_parts(config: EncodeConfig, encoder: dict[str, str], output_dir: Path
         record = records.find_record(PartRecord, folder, None)
         if record is None:
             continue
-        rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
         members = json.loads((folder / "members.json").read_text())
         encoded = frozenset(name.partition(".")[0] for name in members)
-        quarantined = {row["key"]: row["reason"] for row in rows}
+        rows = read_quarantine(folder)
+        quarantined = {row["key"]: ClipError(row["reason"], row.get("retry", False)) for row in rows}
         if record.fingerprint == part_fingerprint(config, encoder, [*encoded, *quarantined]):
             parts.append(_WholePart(record, encoded, quarantined))
     return parts
@@ -198,10 +227,12 @@ def _check_quarantine(config: EncodeConfig, num_clips: int, bad: list[dict[str, 
         return
     common = Counter(row["reason"].partition(":")[0] for row in bad).most_common(3)
     top = "; ".join(f"{count} x {reason}" for reason, count in common)
+    again = sum("retry" in row for row in bad)
     raise ValueError(
         f"{len(bad)} of {num_clips + len(bad)} clips are quarantined ({top}), more than "
         f"max_quarantine_share={config.max_quarantine_share}; {output_dir / 'quarantine.jsonl'} lists them: "
         "repair them, or raise max_quarantine_share"
+        + (f"; {again} of them could not be read or ended their worker: run again, which tries these" if again else "")
     )
 
 
