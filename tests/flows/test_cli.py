@@ -20,8 +20,13 @@ from wan_core.digests import IMAGE_PARTS
 WAN = [sys.executable, "-c", "from flows.cli import main; main()"]
 
 
+def outside() -> dict[str, str]:
+    """The environment without the server that other tests of this process have."""
+    return {name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_HOME")}
+
+
 def wan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*WAN, *arguments], capture_output=True, text=True, timeout=400)
+    return subprocess.run([*WAN, *arguments], capture_output=True, text=True, timeout=400, env=outside())
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +132,9 @@ sys.argv[1:] = ["wait", sys.argv[1]]
 cli.main()
 """
     mark = tmp_path.name
-    outside = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     command = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
-        env={**outside, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OUTER_MARK": mark},
+        env={**outside(), "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OUTER_MARK": mark},
         start_new_session=True, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert wait_until(lambda: (tmp_path / "ready").exists() or command.poll() is not None, 400)
