@@ -134,6 +134,9 @@ def test_a_killed_rank_is_a_retry_that_goes_on_from_the_last_checkpoint(workspac
         assert wait_until(lambda: any(map(latest, workspace.glob("runs/retried-*/checkpoints"))))
         token = f"HF_TOKEN={SECRETS['HF_TOKEN']}"
         (rank,) = set(living(token, b"-u\0-m\0wan_core.train")) - set(living(token, b"torch.distributed.run"))
+        # In the middle between two checkpoints, so that steps are taken again.
+        (metrics,) = workspace.glob("runs/retried-*/metrics.jsonl")
+        assert wait_until(lambda: 5 <= list(read_lines(metrics))[-1]["iteration"] % 50 <= 30)
         os.kill(rank, signal.SIGKILL)
         assert wait_until(lambda: client.read_flow_run(run).state.is_final())
         assert client.read_flow_run(run).state.is_completed(), client.read_flow_run(run).state
