@@ -91,7 +91,7 @@ class LivePage:
     def __init__(self, key: str, description: str) -> None:
         self.key, self.description = key, description
         self.artifact: UUID | None = None
-        self.aside = Aside()
+        self.aside = Aside(description)
 
     def show(self, page: str) -> None:
         self.aside.ask(lambda: self.replace(page))
@@ -168,7 +168,7 @@ def dataset_card(folder: Path) -> str:
     return re.sub(r"!\[[^]]*\]\(([^)]+\.png)\)", lambda match: _image(folder / match[1]), page)
 
 
-@shown_if_possible
+@shown_if_possible("the page and tables of the stage")
 def publish(record: Record) -> None:
     """Create the artifacts of a record, linked to the current task run."""
     page = markdown(record)
@@ -192,7 +192,7 @@ def publish(record: Record) -> None:
         create_link_artifact(link=url, key=key, link_text=text, description=f"{text} of {record.path.name}")
 
 
-@shown_if_possible
+@shown_if_possible("the table of validation")
 def publish_validation(start: Path, before: Validation, candidate: Path, after: Validation) -> None:
     """Both models' losses per noise level."""
     rows = [

@@ -18,24 +18,28 @@ AWAY = (httpx.HTTPError, PrefectException)  # no answer, a wrong one, or none th
 FINISH_SECONDS = 10.0
 
 
-def shown_if_possible[**P](show: Callable[P, None]) -> Callable[P, None]:
-    """Make a function that only shows something warn where it cannot."""
+def shown_if_possible[**P](what: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Make a function that only shows something warn where it cannot; `what` is it in words."""
 
-    @functools.wraps(show)
-    def attempt(*arguments: P.args, **keywords: P.kwargs) -> None:
-        try:
-            show(*arguments, **keywords)
-        except AWAY as error:
-            what = f"{type(error).__name__}: {error}"
-            get_run_logger().warning("Prefect's server did not take what %s shows: %s", show.__name__, what)
+    def decorate(show: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(show)
+        def attempt(*arguments: P.args, **keywords: P.kwargs) -> None:
+            try:
+                show(*arguments, **keywords)
+            except AWAY as error:
+                reason = f"{type(error).__name__}: {error}"
+                get_run_logger().warning("Prefect's server did not take %s: %s", what, reason)
 
-    return attempt
+        return attempt
+
+    return decorate
 
 
 class Aside:
     """Requests in a thread, one at a time, within the run that makes them. Use one for each thing that is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.thread = threading.Thread()
 
     def ask(self, request: Callable[[], None]) -> None:
@@ -43,7 +47,7 @@ class Aside:
         if self.thread.is_alive():
             return
         within = copy_context()  # Prefect finds the run that an artifact belongs to in the context
-        self.thread = threading.Thread(target=lambda: within.run(shown_if_possible(request)), daemon=True)
+        self.thread = threading.Thread(target=lambda: within.run(shown_if_possible(self.what)(request)), daemon=True)
         self.thread.start()
 
     def finish(self, request: Callable[[], None]) -> None:

@@ -47,7 +47,7 @@ class Progress:
     def __init__(self, stage: str, total: float, unit: str) -> None:
         self.stage, self.total, self.unit = stage, total, unit
         self.artifact: UUID | None = None
-        self.aside = Aside()
+        self.aside = Aside(f"the progress of {stage}")
         self.started = time.monotonic()
         self.updated = 0.0
         self.first: float | None = None  # what was done when the first report came: a resumed run begins in the middle

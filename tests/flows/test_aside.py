@@ -53,11 +53,11 @@ def test_progress_waits_for_no_server() -> None:
 
 @pytest.mark.usefixtures("prefect_api")
 def test_what_cannot_be_shown_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    @shown_if_possible
+    @shown_if_possible("the page")
     def page() -> None:
         httpx.post("http://127.0.0.1:9/api/artifacts/")  # nobody listens there
 
-    @shown_if_possible
+    @shown_if_possible("the bar")
     def bar() -> None:
         update_progress_artifact(artifact_id=uuid4(), progress=1.0)  # of a database that is lost
 
@@ -68,5 +68,5 @@ def test_what_cannot_be_shown_is_a_warning(caplog: pytest.LogCaptureFixture) -> 
         return "worked"
 
     assert work() == "worked"
-    assert "did not take what page shows: ConnectError" in caplog.text
-    assert re.search(r"did not take what bar shows: PrefectHTTPStatusError: Client error .404", caplog.text)
+    assert "did not take the page: ConnectError" in caplog.text
+    assert re.search(r"did not take the bar: PrefectHTTPStatusError: Client error .404", caplog.text)

@@ -11,7 +11,7 @@ import pytest
 from prefect import flow
 
 from tasks.errors import LaunchError
-from tasks.stage import Target, Workspace, stage_task
+from tasks.stage import Target, Workspace, made_again, stage_task
 from wan_core.config import ConvertConfig, IndexConfig, ShardConfig, Stage
 from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record, writing
 
@@ -92,6 +92,28 @@ def test_a_refresh_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert ran == ["shard"]
     again, after = work(tmp_path)
     assert again == [] and after.outcomes[0].record == run.outcomes[0].record
+
+
+def test_a_refresh_moves_a_training_aside_once(tmp_path: Path) -> None:
+    """A later attempt of the flow's run, as after Slurm's time limit, goes on with what the first one did."""
+    folder = tmp_path / "runs" / "t-1"
+    folder.mkdir(parents=True)
+    (folder / "old").touch()
+    found: list[list[str]] = []
+
+    @flow(retries=1)
+    def train() -> None:
+        with made_again(folder):
+            found.append([path.name for path in folder.glob("*")])
+            folder.mkdir(exist_ok=True)
+            (folder / "new").touch()
+            if len(found) == 1:
+                raise LaunchError("the time limit", retry=True)
+
+    train()
+    assert found == [[], ["new"]]
+    (aside,) = (path for path in folder.parent.iterdir() if path != folder)
+    assert [path.name for path in aside.iterdir()] == ["old"]
 
 
 def test_outputs_that_are_gone_or_altered_are_made_again(tmp_path: Path) -> None:
