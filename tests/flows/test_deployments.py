@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId, LogFilterLevel
 from prefect.exceptions import ParameterTypeError, PrefectHTTPStatusError
 
 from flows.end_to_end import end_to_end
@@ -122,7 +124,9 @@ def test_a_parameter_makes_one_stage_and_what_depends_on_it_again(
     assert changed == {"sample", "evaluate"}
 
 
-def test_a_killed_rank_is_a_retry_that_goes_on_from_the_last_checkpoint(workspace: Path, tiny_model: Path) -> None:
+def test_a_killed_rank_costs_no_retry_and_the_training_goes_on_from_its_last_checkpoint(
+    workspace: Path, tiny_model: Path
+) -> None:
     overrides = [*CONFIG["train"]["overrides"], "train.train_iters=150", "checkpoint.save_interval=50"]
     given = {
         "config": {**CONFIG["train"], "overrides": overrides}, "launch": {}, "ray": {}, "name": "retried",
@@ -140,6 +144,10 @@ def test_a_killed_rank_is_a_retry_that_goes_on_from_the_last_checkpoint(workspac
         os.kill(rank, signal.SIGKILL)
         assert wait_until(lambda: client.read_flow_run(run).state.is_final())
         assert client.read_flow_run(run).state.is_completed(), client.read_flow_run(run).state
+        warnings = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]), level=LogFilterLevel(ge_=logging.WARNING))
+        assert wait_until(lambda: client.read_logs(warnings))
+        (said,) = (log.message for log in client.read_logs(warnings))
+        assert said.startswith("The training goes on from its last checkpoint")
     (folder,) = workspace.glob("runs/retried-*")
     steps = [line["iteration"] for line in read_lines(folder / "metrics.jsonl")]
     assert load_record(TrainRecord, folder).iteration == steps[-1] == 150
