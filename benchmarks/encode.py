@@ -1,13 +1,12 @@
 """Time the VAE's encoder and UMT5 at full size on one GPU, beside diffusers and the peer's loop.
 
-    python3 benchmarks/encode.py                      # the table: about 4 minutes
-    python3 benchmarks/encode.py --only ours text     # without timing diffusers: about 1 minute
-    python3 benchmarks/encode.py --only convs         # each convolution by itself, cuDNN and ours
+    python -m benchmarks.encode                      # the tables: about 4 minutes
+    python -m benchmarks.encode --only ours text     # without timing diffusers: about 1 minute
+    python -m benchmarks.encode --only convs         # each convolution by itself, cuDNN and ours
 
-Needs torch, triton, diffusers and transformers; no network, no PyAV: weights are random in the published configs, and
-frames come from threads that take as long as a decoder would. One JSON line per row. `error` is |ours - reference| /
-|reference| of the posterior mean (not normalised: the subtraction of the latents' mean would hide some of it) over one
-clip; the reference is diffusers in float32 with TF32 off. torch's default leaves TF32 on in convolutions.
+No network is needed: weights are random in the published configs. One JSON line per row. `error` is |ours - reference|
+/ |reference| of the posterior mean (not normalised: subtracting the latents' mean would hide some of it) over one clip;
+the reference is diffusers in float32 with TF32 off. torch's default leaves TF32 on in convolutions.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,12 +25,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from wan_core.encode import feed
 from wan_core.encode.vae import Vae
 from wan_core.encode.vae_encoder import PRECISIONS, FastEncoder, allow_tf32, to_float
 
 FRAMES, HEIGHT, WIDTH = 81, 480, 832
-DECODE_SECONDS, DECODE_THREADS = 0.8, 4  # a 480p H.264 clip of 81 frames on one core, resize included
 
 
 def report(**values: Any) -> None:
@@ -127,39 +124,21 @@ def kernels(row: str, work: Callable[[], Any]) -> None:
         report(row=f"kernels of {row}", failed=f"{type(failure).__name__}: {failure}"[:300])
 
 
-def pipeline_row(model: AutoencoderKLWan, name: str, clips: int) -> None:
-    """Clips from decoding threads through the encoder and back to the CPU, as a part of the encode stage runs."""
-    vae = Vae(model, name)
-    source = clip()[0].permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def decode(number: int) -> Tensor:
-        started = time.perf_counter()
-        frames = np.roll(source, number, axis=1)
-        time.sleep(max(DECODE_SECONDS - (time.perf_counter() - started), 0))
-        return feed.pinned(frames)
-
-    def launch(frames: Tensor) -> Callable[[], Tensor]:
-        span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        span[0].record()
-        latents = vae.encode(frames.permute(3, 0, 1, 2)[None])
-        span[1].record()
-        spans.append(span)
-        return feed.fetching(latents)
-
-    def encoded() -> Iterator[Tensor]:
-        return feed.one_behind(launch, feed.ahead(decode, range(clips + 1), DECODE_THREADS))
-
-    results = encoded()
-    next(results)  # the threads' first frames are there, kernels are compiled
-    started = time.perf_counter()
-    finite = all(bool(latents.isfinite().all()) for latents in results)
-    wall = time.perf_counter() - started
-    inside = sum(begin.elapsed_time(end) for begin, end in spans[2:]) / 1e3
-    report(
-        row=f"{clips} clips through ours {name}", seconds_per_clip=wall / clips, gpu_busy=inside / wall, finite=finite,
-        decode_seconds=DECODE_SECONDS, decode_threads=DECODE_THREADS,
-    )  # fmt: skip
+def batch_rows(model: AutoencoderKLWan) -> None:
+    """Images and small clips by themselves, and in the batches that the encode stage makes of them."""
+    for name in ("float32", "float16", "bfloat16"):
+        vae = Vae(model, name)
+        for shape in ((1, HEIGHT, WIDTH), (17, 256, 256)):
+            size = vae.batch_size(shape)
+            videos = torch.randint(0, 256, (size, *shape, 3), dtype=torch.uint8, device="cuda").permute(0, 4, 1, 2, 3)
+            alone = torch.cat([vae.encode(video[None]) for video in videos])
+            batch = vae.encode(videos)
+            turned = vae.encode(videos.roll(1, 0)).roll(-1, 0)  # the same clips in other places, beside others
+            report(
+                row=f"{shape} by {name}", clips=size, alone=seconds(partial(vae.encode, videos[:1]), 5),
+                together=seconds(partial(vae.encode, videos), 5) / size, same_elsewhere=torch.equal(batch, turned),
+                apart=float((batch - alone).norm() / alone.norm()),
+            )  # fmt: skip
 
 
 def conv_rows() -> None:
@@ -249,9 +228,8 @@ def text_rows(captions: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parts = ("diffusers", "ours", "pipeline", "text", "convs")
+    parts = ("diffusers", "ours", "batches", "text", "convs")
     parser.add_argument("--only", nargs="*", choices=parts, default=parts[:4])
-    parser.add_argument("--clips", type=int, default=50)
     parser.add_argument("--captions", type=int, default=256)
     arguments = parser.parse_args()
     device, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
@@ -269,9 +247,8 @@ def main() -> None:
         del model, reference, video
         gc.collect()
         torch.cuda.empty_cache()
-    if "pipeline" in chosen:
-        for name in ("float16", "bfloat16"):
-            pipeline_row(published_vae(), name, arguments.clips)
+    if "batches" in chosen:
+        batch_rows(published_vae())
     if "text" in chosen:
         text_rows(arguments.captions)
 

@@ -32,7 +32,7 @@ from wan_core.flow_matching import FlowMatchingConfig
 from wan_core.fsdp import configure as configure_fsdp
 from wan_core.layout import check_batch, check_layout, check_ranks
 from wan_core.lora import LoraConfig
-from wan_core.model.kernels import attention_backend
+from wan_core.model.kernels import FLASH_FEATURES, attention_backend
 from wan_core.model.provider import WanProvider
 from wan_core.overrides import apply_override
 from wan_core.recipe_values import ARCHITECTURE, recipe_values
@@ -84,6 +84,12 @@ class WanConfigContainer(ConfigContainer):
             not ring or attention_backend() != "cudnn",
             "cp_comm_type=p2p needs FlashAttention 4 on GPUs, which is not installed here; run uv sync --extra gpu, or "
             "choose a2a",
+        )
+        features = self.model.kv_channels or self.model.hidden_size // self.model.num_attention_heads
+        check(
+            not ring or attention_backend() == "sdpa" or features >= FLASH_FEATURES,
+            f"cp_comm_type=p2p needs heads of {FLASH_FEATURES} features or more on GPUs, and these have {features}: "
+            "FlashAttention 4's gradients are wrong below; choose a2a",
         )
         check_ranks(self.model, world_size)
         return int(super().get_data_parallel_size(world_size))

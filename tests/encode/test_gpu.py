@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from wan_core.encode.image import load_image_encoder
-from wan_core.encode.vae import load_vae
+from wan_core.encode.vae import Shape, Vae, load_vae
 from wan_core.first_frame import FirstFrame
 
 
@@ -27,3 +28,15 @@ def test_first_frames_on_a_gpu(tiny_i2v_model: Path, precision: str) -> None:
     )
     torch.testing.assert_close(found.embeds.cpu(), expected.embeds, rtol=1e-4, atol=1e-4)
     assert float((found.latents.cpu() - expected.latents).norm() / expected.latents.norm()) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "error"), [("float16", 2e-5), ("bfloat16", 0)])
+@pytest.mark.parametrize("shape", [(1, 96, 128), (9, 64, 96)])
+def test_a_batch_gives_what_each_clip_by_itself_does(shape: Shape, precision: str, error: float) -> None:
+    torch.manual_seed(0)
+    vae = Vae(AutoencoderKLWan(base_dim=96, num_res_blocks=1).cuda(), precision)
+    clips = torch.randint(0, 256, (vae.batch_size(shape), *shape, 3), dtype=torch.uint8)
+    assert len(clips) > 1
+    alone = torch.cat([vae.encode(vae.stacked([clip])) for clip in clips])
+    assert float((vae.encode(vae.stacked(list(clips))) - alone).norm() / alone.norm()) <= error

@@ -1,4 +1,4 @@
-"""FlashAttention 4 on parts of the keys, as ring attention calls it, against float64."""
+"""Attention on a GPU against float64; of parts of the keys too, as ring attention calls FlashAttention 4."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import Tensor
 
-from wan_core.model.kernels import block_attention, block_attention_backward
+from wan_core.model.kernels import FLASH_FEATURES, block_attention, block_attention_backward, packed_attention
 from wan_core.packing import Segments
+
+ERROR = 1e-2  # of bfloat16; the sums of many roundings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,11 +19,17 @@ pytestmark = [
 ]
 
 
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dim", [FLASH_FEATURES, 128])
 @pytest.mark.parametrize("lengths", [((300,), (411,)), ((130, 1, 257), (64, 500, 3))])
-def test_parts_of_the_keys_add_up(lengths: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+def test_parts_of_the_keys_add_up(lengths: tuple[tuple[int, ...], tuple[int, ...]], dim: int) -> None:
     """Two parts merged by their sums of exponentials, and their gradients added, are attention to all keys."""
     torch.manual_seed(0)
-    heads, dim, (q_lengths, k_lengths) = 4, 128, lengths
+    heads, (q_lengths, k_lengths) = 4, lengths
     q, grad = (torch.randn(sum(q_lengths), heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     parts = [
         [torch.randn(sum(k_lengths), heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -38,10 +47,23 @@ def test_parts_of_the_keys_add_up(lengths: tuple[tuple[int, ...], tuple[int, ...
     expected = []
     for i, own in enumerate(queries):
         k, v = torch.cat((keys[0][i], keys[2][i])), torch.cat((keys[1][i], keys[3][i]))
-        scores = torch.einsum("qhd,khd->hqk", own, k) / dim**0.5
-        expected.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+        expected.append(exact_attention(own, k, v))
     whole = torch.cat(expected)
     exact_grads = torch.autograd.grad(whole, exact, grad.double())
     found = [grads[0][0].double() + grads[1][0].double(), *(g.double() for part in grads for g in part[1:])]
     for mine, other in zip([merged.double(), *found], [whole, *exact_grads], strict=True):
-        assert float((mine - other).norm() / other.norm()) <= 1e-2
+        assert float((mine - other).norm() / other.norm()) <= ERROR
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("lengths", [(1500,), (1200, 900), (45, 9, 35, 24)], ids=["dense", "packed", "short"])
+def test_attention_and_its_gradients_whatever_kernel_is_chosen(lengths: tuple[int, ...], dim: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(sum(lengths), 4, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+    grad = torch.randn_like(inputs[0])
+    out = packed_attention(*inputs, Segments(lengths, lengths))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.cat([exact_attention(*pieces) for pieces in zip(*(x.split(lengths) for x in exact), strict=True)])
+    found = [out, *torch.autograd.grad(out, inputs, grad)]
+    for mine, other in zip(found, [expected, *torch.autograd.grad(expected, exact, grad.double())], strict=True):
+        assert float((mine.double() - other).norm() / other.norm()) <= ERROR

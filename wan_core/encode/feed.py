@@ -42,6 +42,23 @@ def one_behind[T, R](launch: Callable[[T], Callable[[], R]], items: Iterable[T])
         yield finish()
 
 
+def batched[T, S](items: Iterable[T], shape: Callable[[T], S | None], size: Callable[[S], int]) -> Iterator[list[T]]:
+    """Items of one shape in lists of `size(shape)`, each as soon as it is full, the rest at the end.
+
+    An item without a shape is passed on by itself at once. Which items share a list depends on their order alone.
+    """
+    waiting: dict[S, list[T]] = {}
+    for item in items:
+        if (of := shape(item)) is None:
+            yield [item]
+            continue
+        alike = waiting.setdefault(of, [])
+        alike.append(item)
+        if len(alike) >= size(of):
+            yield waiting.pop(of)
+    yield from waiting.values()
+
+
 def pinned(frames: np.ndarray) -> Tensor:
     """An array as a tensor that a GPU, if there is one, fetches while the CPU goes on."""
     tensor = torch.from_numpy(frames if frames.flags.writeable else frames.copy())

@@ -21,10 +21,10 @@ from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity, sees_images
 from wan_core.encode.decode import ClipError
-from wan_core.encode.feed import ahead, fetching, one_behind, pinned
+from wan_core.encode.feed import ahead, batched, fetching, one_behind, pinned
 from wan_core.encode.image import ImageEncoder, load_image_encoder
 from wan_core.encode.text import TextEncoder, fault, load_text_encoder
-from wan_core.encode.vae import Vae, load_vae
+from wan_core.encode.vae import Shape, Vae, load_vae, shape_of
 from wan_core.encode.video import read_clip
 from wan_core.first_frame import FirstFrame
 from wan_core.records import PartRecord
@@ -97,7 +97,7 @@ def encode_part(
             (output.path / name).write_bytes(saved(text))
         made = _PartEncoder(config, open_folder(videos), encoders, part.clips)
         with tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for done, (clip, sample) in enumerate(zip(part.clips, made.samples(), strict=True), start=1):
+            for done, (clip, sample) in enumerate(made.samples(), start=1):
                 if isinstance(sample, ClipError):
                     quarantined.append((clip, sample))
                 else:
@@ -149,12 +149,12 @@ def _finish(
     return output.finish(PartRecord, num_clips=num_clips, num_quarantined=len(rows), vae_error=error)
 
 
-class _PartEncoder:
-    """Samples of a part's clips, in order. `error` is known once the first sample is.
+type Job = tuple[Clip, Tensor | ClipError]  # uint8 [T, H, W, 3], or why not
+type Encoded = tuple[Clip, Sample | ClipError]
 
-    One clip per forward: a batch of full-size clips is no faster, and in one the last bits might depend on neighbours,
-    and so on how parts are cut.
-    """
+
+class _PartEncoder:
+    """Samples of a part's clips; those of one shape share forwards. `error` is known once the first sample is."""
 
     def __init__(self, config: EncodeConfig, videos: Folder, encoders: Encoders, clips: Sequence[Clip]) -> None:
         self.config, self.videos, self.encoders, self.clips = config, videos, encoders, clips
@@ -162,22 +162,31 @@ class _PartEncoder:
         # On the CPU before the first clip: later, a copy would wait for the clip that the GPU works on.
         self.text = {text: embeds.cpu() for text, embeds in encoders.text.embed([c.caption for c in clips]).items()}
 
-    def samples(self) -> Iterator[Sample | ClipError]:
+    def samples(self) -> Iterator[Encoded]:
+        """Each clip once, in the order in which their batches fill."""
         frames = ahead(partial(_read, self.config, self.videos), self.clips, self.config.decode_threads)
-        return one_behind(self._launch, zip(self.clips, frames, strict=True))
+        batches = batched(map(self._checked, self.clips, frames), _shape, self.encoders.vae.batch_size)
+        for finished in one_behind(self._launch, batches):
+            yield from finished
 
-    def _launch(self, job: tuple[Clip, Tensor | ClipError]) -> Callable[[], Sample | ClipError]:
-        clip, frames = job
+    def _checked(self, clip: Clip, frames: Tensor | ClipError) -> Job:
+        reason = fault(self.text[clip.caption])
+        return clip, ClipError(f"text embedding is {reason}") if reason and isinstance(frames, Tensor) else frames
+
+    def _launch(self, batch: Sequence[Job]) -> Callable[[], list[Encoded]]:
+        clip, frames = batch[0]
         if isinstance(frames, ClipError):
-            return partial(_itself, frames)
-        if reason := fault(self.text[clip.caption]):
-            return partial(_itself, ClipError(f"text embedding is {reason}"))
-        video = frames.permute(3, 0, 1, 2)[None]
-        latents = fetching(self.encoders.vae.encode(video)[0])
+            return partial(_itself, [(clip, frames)])
+        videos, shape = [frames for _, frames in batch if isinstance(frames, Tensor)], shape_of(frames)
+        video = self.encoders.vae.stacked(videos)
+        latents = fetching(self.encoders.vae.encode(video))
         if self.error is None and self.config.vae_dtype != "float32":
-            self.error = self.encoders.vae.error(video[:, :, :ERROR_FRAMES])
-        shape = (frames.shape[0], frames.shape[1], frames.shape[2])
-        return partial(self._sample, clip, shape, latents, self._first_frame(frames))
+            self.error = self.encoders.vae.error(video[:1, :, :ERROR_FRAMES])
+        first_frames, clips = [self._first_frame(frames) for frames in videos], [clip for clip, _ in batch]
+        return lambda: [
+            (clip, self._sample(clip, shape, values, first_frame()))
+            for clip, values, first_frame in zip(clips, latents(), first_frames, strict=True)
+        ]
 
     def _first_frame(self, frames: Tensor) -> Callable[[], FirstFrame | None]:
         if self.encoders.image is None:
@@ -186,11 +195,8 @@ class _PartEncoder:
         embeds = fetching(self.encoders.image.encode(frames[0].numpy()))
         return lambda: FirstFrame(latents(), embeds())
 
-    def _sample(
-        self, clip: Clip, shape: tuple[int, int, int], latents: Callable[[], Tensor],
-        first_frame: Callable[[], FirstFrame | None],
-    ) -> Sample | ClipError:  # fmt: skip
-        values, frame = latents(), first_frame()  # values: [16, T, H, W]
+    def _sample(self, clip: Clip, shape: Shape, values: Tensor, frame: FirstFrame | None) -> Sample | ClipError:
+        """From latents [16, t, h, w] of a clip of `shape` [T, H, W]."""
         if not values.isfinite().all():
             return ClipError("latents are not finite")
         if frame and not (frame.latents.isfinite().all() and frame.embeds.isfinite().all()):
@@ -203,6 +209,11 @@ class _PartEncoder:
             encoder=self.encoders.identity,
         )  # fmt: skip
         return Sample(clip.key, values, self.text[clip.caption], info, frame)
+
+
+def _shape(job: Job) -> Shape | None:
+    """Jobs of one shape share forwards; None is of a clip that cannot be used."""
+    return None if isinstance(job[1], ClipError) else shape_of(job[1])
 
 
 def _itself(value: Any) -> Any:

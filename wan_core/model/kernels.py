@@ -15,6 +15,9 @@ from torch import Tensor
 from wan_core.packing import Segments
 
 Backend = Literal["flash_attention_4", "cudnn", "sdpa"]
+# FlashAttention 4.0.0b36 on Hopper gives a query gradient that has little to do with the right one (cosine 0.1 to 0.5)
+# where heads have 16 features; with 32, 64 and 128 it is as exact as FlashAttention 2 (docs/benchmarks/multi_gpu.md).
+FLASH_FEATURES = 32
 SHORT = 1024  # mean queries per segment; below it, launches and repeated keys cost more than the attention
 
 
@@ -41,7 +44,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     if q.shape[0] < SHORT * len(segments.q_lengths) and q.dtype in (torch.bfloat16, torch.float16):
         return _short_attention(q, k, v, segments)
     k, v, segments = _repeated(k, segments), _repeated(v, segments), _whole(segments)
-    if attention_backend() == "flash_attention_4" and q.dtype in (torch.bfloat16, torch.float16):
+    flash = attention_backend() == "flash_attention_4" and q.shape[-1] >= FLASH_FEATURES
+    if flash and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(q, k, v, segments)
     pieces = zip(*_split(q, k, v, segments), strict=True)
     return torch.cat([_cudnn_attention(*piece) for piece in pieces if piece[0].shape[0]])
@@ -57,6 +61,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tupl
         [query tokens, heads, d], and the logarithm of each row's sum of exponentials, [query tokens, heads] float32.
     """
     if q.is_cuda:
+        assert q.shape[-1] >= FLASH_FEATURES, q.shape
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out, lse, *_ = _flash_attn_fwd(q, k, v, **_varlen(segments, q.device), return_lse=True)
