@@ -1,4 +1,5 @@
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from tests.tiny import make_tiny_model
 
 torch.set_num_threads(1)
+# A script's background job ignores SIGINT, and so would all that tests start: Prefect's worker would never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from wan_core import checkpoints
 from wan_core.architecture import Architecture
 from wan_core.config import check
+from wan_core.convert.checkpoint import has_checkpoint, iteration_dir
 from wan_core.data.stream import Position
 from wan_core.model.config import architecture_fields
 
@@ -189,13 +190,13 @@ def prepare_resume(container: Any, rank: int) -> None:
     """Before any group exists: clear away what a killed run left half-written, and refuse a foreign checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another architecture.
+        ValueError: the checkpoint is of another architecture, or there is none in a folder that is not the run's own.
     """
     save, load = container.checkpoint.save, container.checkpoint.load
     if rank == 0 and save is not None and Path(save).is_dir():
         checkpoints.repair(Path(save))  # Bridge loads much later, behind barriers
-    if load is not None and (iteration := checkpoints.latest(Path(load))) is not None:
-        check_architecture(checkpoints.folder_of(Path(load), iteration), container.model)
+    if load is not None and (load != save or has_checkpoint(Path(load))):  # a run's first start has none to go on from
+        check_architecture(iteration_dir(Path(load)), container.model)
 
 
 def check_architecture(folder: Path, model: Any) -> None:

@@ -16,7 +16,7 @@ from wan_core.data.samples import decode_member
 from wan_core.encode import stage
 from wan_core.encode.__main__ import main
 from wan_core.encode.text import load_text_encoder
-from wan_core.encode.vae import load_vae
+from wan_core.encode.vae import Vae, load_vae
 from wan_core.encode.video import read_video, write_video
 from wan_core.records import EncodeRecord, find_record
 
@@ -251,6 +251,34 @@ def test_frames_mode_encodes_images_and_first_frames(videos: Path, tiny_model: P
     record = stage.run(replace(CONFIG, mode="frames"), videos, tiny_model, tmp_path / "out")
     samples = read_samples(record)
     assert len(samples) == 8 and {sample["pth"].shape for sample in samples.values()} == {(16, 1, 4, 6)}
+
+
+def test_clips_of_one_shape_share_forwards(
+    videos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in 16 bits on a GPU: batches fill in the order of the clips, whatever lies between them."""
+    for number in (3, 5):  # shorter than their neighbours
+        add_clip(videos, f"good{number}a.mp4", seed=50 + number, num_frames=5)
+    (videos / "good4a.mp4").write_bytes(b"no video")
+    (videos / "good4a.txt").write_text("a red circle")
+    config = replace(CONFIG, clips_per_part=100)
+    expected = stage.run(config, videos, tiny_model, tmp_path / "one")
+    sizes: list[tuple[int, ...]] = []
+    encode = Vae.encode
+
+    def noted(vae: Vae, video: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(video), video.shape[2]))
+        return encode(vae, video)
+
+    monkeypatch.setattr(Vae, "encode", noted)
+    monkeypatch.setattr(Vae, "batch_size", lambda vae, shape: 3)
+    record = stage.run(config, videos, tiny_model, tmp_path / "batched")
+    assert sizes == [(3, 5), (3, 9), (2, 5), (1, 9)] and record.num_quarantined == 1
+    found, alone = read_samples(record), read_samples(expected)
+    assert found.keys() == alone.keys() and len(found) == 9
+    for key, sample in alone.items():
+        assert found[key]["json"] == sample["json"] and torch.equal(found[key]["pickle"], sample["pickle"])
+        torch.testing.assert_close(found[key]["pth"], sample["pth"], rtol=1e-5, atol=1e-5)
 
 
 def test_command_writes_shards(videos: Path, tiny_model: Path, tmp_path: Path) -> None:

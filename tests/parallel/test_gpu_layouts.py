@@ -29,7 +29,7 @@ def runnable(*names: str) -> tuple[str, ...]:
 
 
 SHARDED = runnable(
-    *FSDP, "cp2-fsdp", "tp2-save", "dp2-save", "dp2-fsdp-save",
+    *FSDP, "cp2-fsdp", "tp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save",
     "dp2-load:dp2-fsdp-save", *(name for name in LOADED if "fsdp" in name),
 )  # fmt: skip
 PLAIN = runnable(

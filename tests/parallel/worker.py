@@ -35,6 +35,7 @@ from megatron.bridge.training.pretrain import pretrain  # noqa: E402
 from megatron.bridge.training.utils.checkpoint_utils import read_run_config, read_train_state  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
+from wan_core.convert.checkpoint import has_checkpoint  # noqa: E402
 from wan_core.convert.formats import loadable  # noqa: E402
 from wan_core.data.batch import Pack  # noqa: E402
 from wan_core.data.synthetic import SyntheticConfig  # noqa: E402
@@ -200,6 +201,7 @@ def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanCon
     config.checkpoint.save_interval = half
     config.checkpoint.save = str(out / layout.folder / "checkpoints") if layout.save else None
     config.checkpoint.load = str(out / layout.load / "checkpoints") if layout.load else None
+    assert layout.load is None or has_checkpoint(Path(str(config.checkpoint.load))), f"{layout.name} has none to load"
     return config
 
 

@@ -53,6 +53,7 @@ REFUSED = {  # what a user may get wrong, behind the name of a folder that it ma
     "adapters": ("--mock", "lora.dim=4"),
     "encoders": ("--mock", "samples.interval=2", "samples.prompts=[a]"),
     "prompts": ("--mock", "samples.interval=2"),
+    "load": ("--mock", "checkpoint.load=FOLDER/none"),
     "package": ("--mock", "logger.wandb_project=a", "logger.mlflow_experiment=b"),  # where they are not installed
 }
 SCHEDULES = {  # 12 steps, 3 of them warming up
@@ -78,9 +79,11 @@ def main(out: Path) -> None:
     (out / "section.yaml").write_text("train: 5")
     (out / "size.yaml").write_text("architecture: t2v-3B")
     said = {name: refusal(out / "bad" / name, *REFUSED[name]) for name in refused}
+    ring = ("--mock", "model.context_parallel_size=2", "model.cp_comm_type=p2p")
     with mock.patch("wan_core.recipes.attention_backend", return_value="cudnn"):  # as on a GPU without FlashAttention 4
-        ring = ("--mock", "model.context_parallel_size=2", "model.cp_comm_type=p2p")
         said["ring"] = refusal(out / "bad" / "ring", *ring)
+    with mock.patch("wan_core.recipes.attention_backend", return_value="flash_attention_4"):
+        said["heads"] = refusal(out / "bad" / "heads", *ring, "model.num_attention_heads=96")
     (out / "refusals.json").write_text(json.dumps(said))
     (out / "layers.json").write_text(json.dumps(layers(out / "user.yaml")))
     (out / "rates.json").write_text(json.dumps({name: rates(*SCHEDULES[name]) for name in SCHEDULES}))

@@ -209,12 +209,17 @@ def test_weights_and_biases_and_mlflow_get_the_same(runs: Path, monkeypatch: pyt
             "ring",
             "cp_comm_type=p2p needs FlashAttention 4 on GPUs, which is not installed here; run uv sync --extra gpu",
         ),
+        (
+            "heads",
+            "cp_comm_type=p2p needs heads of 32 features or more on GPUs, and these have 16: FlashAttention 4's ",
+        ),
         ("recompute", "recompute_granularity=full needs recompute_method (block or uniform), which is None, and "),
         ("ranks", "1 ranks (nodes x processes_per_node) are no multiple of tensor_model_parallel_size=2; start 2, or "),
         ("async", "checkpoint.async_save=true needs a GPU"),
         ("adapters", "lora.dim=4 needs weights to adapt; give --training-mode finetune and --model"),
         ("encoders", "samples.interval needs a text encoder and a VAE; give --model, or samples.interval=0"),
         ("prompts", "samples.interval is set, but samples.prompts is empty; give some, or interval=0"),
+        ("load", "FOLDER/none holds no checkpoint; give the folder of checkpoint.save"),
         ("package", "logger.wandb_project=a needs the package wandb, which is not installed; install it"),
     ],
 )
