@@ -179,11 +179,17 @@ def test_secrets_are_written_nowhere(deployed: Path, workspace: Path) -> None:
 @pytest.mark.usefixtures("deployed")
 def test_a_wrong_parameter_is_refused_before_a_run_exists(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     """By the server, what the form's schema can say; by the flow, before its first line, what only our configs know."""
-    for wrong in ({**CONFIG, "encode": {"mode": "audio"}}, {**CONFIG, "shrad": {}}):
+    sections: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("encode", {"mode": "audio"}, "audio"), ("shrad", {}, "shrad"), ("shard", {"val_share": 5}, "maximum of 1"),
+        ("encode", {"clips_per_part": 0}, "minimum of 1"), ("launch", {"min_nodes": 0}, "min_nodes"),
+        ("sample", {"size": {"height": 481, "width": 832}}, "multiple of 16"),
+    )  # fmt: skip
+    for section, values, words in sections:
+        wrong = {**CONFIG, section: values}
         given = {"config": wrong, "videos": str(videos), "model": str(tiny_model), "workspace": str(tmp_path)}
         with get_client(sync_client=True) as client:
             deployment = client.read_deployment_by_name("end-to-end/default")
-            with pytest.raises(PrefectHTTPStatusError, match=r"audio|shrad"):
+            with pytest.raises(PrefectHTTPStatusError, match=words):
                 client.create_flow_run_from_deployment(deployment.id, parameters=given)
     for overrides, words in (("optimizer.lrr=1", "did you mean optimizer.lr"), ("model.x", "is not key=value")):
         wrong = {**CONFIG, "train": {"overrides": [overrides]}}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict
 
+from wan_core.config.ranges import Range
 from wan_core.described import described
 
 VAE_TEMPORAL_STRIDE = 4
@@ -54,14 +55,17 @@ def check_num_frames(name: str, num_frames: int) -> None:
     )
 
 
+Side = Annotated[int, Range(SIZE_MULTIPLE, step=SIZE_MULTIPLE)]
+
+
 @described
 @dataclass(frozen=True)
 class Size:
     """Pixels of a video; both sides are multiples of 16 (VAE stride 8 x patch 2)."""
 
-    height: int
+    height: Side
     """Pixels, a multiple of 16."""
-    width: int
+    width: Side
     """Pixels, a multiple of 16."""
     __pydantic_config__ = STRICT
 

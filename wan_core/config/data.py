@@ -7,6 +7,7 @@ from typing import Literal
 
 from wan_core.config.base import STRICT, Size, check, check_num_frames, num_tokens, place
 from wan_core.config.model import NEGATIVE_PROMPT
+from wan_core.config.ranges import Count, CountOrZero, Positive, PositiveOrZero, Share, check_ranges
 from wan_core.described import described
 
 
@@ -17,27 +18,27 @@ class EncodeConfig:
 
     sizes: tuple[Size, ...] = (Size(480, 832),)
     """Sizes of the encoded clips; a clip goes to the one of nearest aspect ratio."""
-    tokens_per_sample: int = 0
+    tokens_per_sample: CountOrZero = 0
     """Above 0: buckets of at most so many tokens, of several lengths and shapes, instead of `sizes` alone."""
-    bucket_frames: tuple[int, ...] = (17, 33, 49, 81)
+    bucket_frames: tuple[Count, ...] = (17, 33, 49, 81)
     """Lengths of buckets; their areas are those of `sizes`."""
-    max_frames: int = 81
+    max_frames: Count = 81
     """Frames of a clip at most, 4n+1; the rest is cut off."""
-    min_frames: int = 5
+    min_frames: Count = 5
     """Clips with fewer frames go to the quarantine."""
-    fps: float = 16.0
+    fps: Positive = 16.0
     """Frames per second that clips are resampled to."""
     mode: Literal["video", "frames"] = "video"
     """video, or frames: one latent per clip, from its first frame."""
     center_crop: bool = True
     """Cut to the size's aspect ratio; False stretches."""
-    window_frames: int = 0
+    window_frames: CountOrZero = 0
     """Above 0: long clips are cut into windows of so many frames (at `fps`)."""
-    window_stride: int = 0
+    window_stride: CountOrZero = 0
     """Frames from one window's start to the next's; 0: `window_frames`."""
     scene_detector: Literal["none", "content", "adaptive"] = "none"
     """PySceneDetect's detector; clips end at its cuts."""
-    scene_threshold: float = 0.0
+    scene_threshold: PositiveOrZero = 0.0
     """Of the scene detector; 0: its own."""
     vae_dtype: Literal["float32", "float16x3", "float16", "bfloat16"] = "float32"
     """What the VAE's products are of."""
@@ -45,15 +46,16 @@ class EncodeConfig:
     """Arithmetic of the text encoder. Never float16: UMT5 overflows to zeros."""
     negative_prompt: str = NEGATIVE_PROMPT
     """Encoded beside the empty caption: training may put it in the place of dropped captions."""
-    clips_per_part: int = place(64)
+    clips_per_part: Count = place(64)
     """Clips that one task encodes; a failure costs at most this much work."""
-    decode_threads: int = place(4)
+    decode_threads: Count = place(4)
     """Of one worker; as many decoded clips wait in memory, and one more."""
-    max_quarantine_share: float = place(0.2)
+    max_quarantine_share: Share = place(0.2)
     """The stage fails when a larger share of the clips cannot be used."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check(len(self.sizes) > 0, "sizes=() is empty; give at least one HEIGHTxWIDTH, for example 480x832")
         check_num_frames("max_frames", self.max_frames)
         check_num_frames("min_frames", self.min_frames)
@@ -62,14 +64,7 @@ class EncodeConfig:
             f"min_frames={self.min_frames} exceeds max_frames={self.max_frames}; lower min_frames",
         )
         self._check_buckets()
-        self._check_ranges()
-        check(self.fps > 0, f"fps={self.fps} is not positive; WAN 2.1 was trained at 16")
-        check(self.clips_per_part >= 1, f"clips_per_part={self.clips_per_part} is below 1; choose 64")
-        check(self.decode_threads >= 1, f"decode_threads={self.decode_threads} is below 1; choose 4")
-        check(
-            0 <= self.max_quarantine_share <= 1,
-            f"max_quarantine_share={self.max_quarantine_share} is not a share; choose a value in [0, 1]",
-        )
+        self._check_windows()
 
     def _check_buckets(self) -> None:
         check(len(self.bucket_frames) > 0, "bucket_frames=() is empty; give lengths of 4n+1 frames, for example 17,49")
@@ -83,7 +78,7 @@ class EncodeConfig:
             f"({smallest}); raise it, add a smaller size or shorter bucket_frames, or set 0 for no buckets",
         )
 
-    def _check_ranges(self) -> None:
+    def _check_windows(self) -> None:
         if self.window_frames:
             check_num_frames("window_frames", self.window_frames)
             check(
@@ -92,14 +87,13 @@ class EncodeConfig:
                 f"max_frames={self.max_frames}; choose {self.max_frames}, or 0 for whole clips",
             )
         check(
-            self.window_stride == 0 or (self.window_stride > 0 and self.window_frames > 0),
-            f"window_stride={self.window_stride} needs window_frames > 0 and must not be negative; "
-            "set window_frames, or window_stride=0",
+            self.window_stride == 0 or self.window_frames > 0,
+            f"window_stride={self.window_stride} needs window_frames > 0; set window_frames, or window_stride=0",
         )
         check(
-            self.scene_threshold == 0 or (self.scene_threshold > 0 and self.scene_detector != "none"),
-            f"scene_threshold={self.scene_threshold} needs scene_detector=content (its own is 27) or adaptive (3) "
-            "and must not be negative; choose a detector, or scene_threshold=0",
+            self.scene_threshold == 0 or self.scene_detector != "none",
+            f"scene_threshold={self.scene_threshold} needs scene_detector=content (its own is 27) or adaptive (3); "
+            "choose a detector, or scene_threshold=0",
         )
 
 
@@ -108,28 +102,26 @@ class EncodeConfig:
 class ShardConfig:
     """Parts to shuffled WebDataset shards, split by clip digest."""
 
-    max_samples: int = 1000
+    max_samples: Count = 1000
     """Samples of one shard at most."""
-    max_bytes: int = 1 << 30
+    max_bytes: Count = 1 << 30
     """Bytes of one shard at most."""
-    val_share: float = 0.02
+    val_share: Share = 0.02
     """Share of the clips that validation keeps; the split follows a clip's digest."""
-    test_share: float = 0.0
+    test_share: Share = 0.0
     """Share of the clips that nothing but a test may see."""
     seed: int = 0
     """Seed of the samples' order in the shards."""
-    workers: int = place(4)
+    workers: Count = place(4)
     """Shards that are written at a time."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        check(self.max_samples >= 1, f"max_samples={self.max_samples} is below 1; choose 1000")
-        check(self.max_bytes >= 1, f"max_bytes={self.max_bytes} is below 1; choose 1073741824 (1 GiB)")
-        check(self.workers >= 1, f"workers={self.workers} is below 1; choose 4")
+        check_ranges(self)
         check(
-            self.val_share >= 0 and self.test_share >= 0 and self.val_share + self.test_share < 1,
+            self.val_share + self.test_share < 1,
             f"val_share={self.val_share} and test_share={self.test_share} leave no training data; "
-            "choose shares >= 0 whose sum is below 1",
+            "choose shares whose sum is below 1",
         )
 
 
@@ -138,9 +130,9 @@ class ShardConfig:
 class IndexConfig:
     """Energon metadata."""
 
-    workers: int = place(2)
+    workers: Count = place(2)
     """Processes that read the shards."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        check(self.workers >= 1, f"workers={self.workers} is below 1; choose 2")
+        check_ranges(self)

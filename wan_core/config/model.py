@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from wan_core.config.base import STRICT, Size, check, check_num_frames, place
+from wan_core.config.ranges import Count, CountOrZero, Positive, Range, check_ranges
 from wan_core.described import described
 from wan_core.trainer_keys import check_trainer_key
 
@@ -51,13 +52,16 @@ class TrainConfig:
 class ConvertConfig:
     """Checkpoint to Diffusers folder."""
 
-    iteration: int | None = None
+    iteration: CountOrZero | None = None
     """Checkpoint to convert; empty: the latest."""
     weights: Literal["model", "ema"] = "model"
     """ema: their moving averages, of a run with optimizer.ema_decay."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the written weights."""
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 NEGATIVE_PROMPT = (  # the default of Wan2.1's own generate.py; the model was trained to be steered away from it
@@ -80,31 +84,27 @@ class SampleConfig:
     """What guidance leads away from."""
     size: Size = Size(480, 832)
     """Size of the videos."""
-    num_frames: int = 81
+    num_frames: Count = 81
     """Frames of each video, 4n+1."""
-    fps: float = 16.0
+    fps: Positive = 16.0
     """Frames per second of the written videos."""
-    num_steps: int = 50
+    num_steps: Count = 50
     """Steps of the sampler."""
-    guidance_scale: float = 5.0
+    guidance_scale: Annotated[float, Range(1)] = 5.0
     """Strength of classifier-free guidance; 1: none."""
-    shift: float = 5.0
+    shift: Positive = 5.0
     """Shift of the noise levels: 3 at 480p, 5 at 720p."""
     seed: int = 0
     """Prompt i uses seed + i."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic of the transformer."""
-    batch_tokens: int = place(1)
+    batch_tokens: Count = place(1)
     """Prompts are packed into one forward up to this many tokens; at least one prompt."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_num_frames("num_frames", self.num_frames)
-        check(self.num_steps >= 1, f"num_steps={self.num_steps} is below 1; WAN 2.1's default is 50")
-        check(self.shift > 0, f"shift={self.shift} is not positive; choose 3.0 at 480p or 5.0 at 720p")
-        check(
-            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} is below 1 (1 = no guidance); choose 5.0"
-        )
 
 
 @described

@@ -8,6 +8,7 @@ from typing import Literal
 from wan_core.config.base import STRICT, check
 from wan_core.config.data import EncodeConfig, IndexConfig, ShardConfig
 from wan_core.config.model import ConvertConfig, EvaluateConfig, SampleConfig, TrainConfig
+from wan_core.config.ranges import Count, CountOrZero, PositiveOrZero, check_ranges
 from wan_core.described import described
 
 
@@ -18,16 +19,16 @@ class RayConfig:
 
     address: str | None = None
     """Address of a Ray cluster, for example ray://head:10001; empty: a Ray of this run's own on this machine."""
-    actors: int = 1
+    actors: Count = 1
     """Encoders that work side by side, one per GPU."""
-    gpus_per_actor: float = 0.0
+    gpus_per_actor: PositiveOrZero = 0.0
     """GPUs of each; 0 encodes on CPUs."""
-    cpus_per_actor: float = 1.0
+    cpus_per_actor: PositiveOrZero = 1.0
     """CPU cores that Ray sets aside for each."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        check(self.actors >= 1, f"actors={self.actors} is below 1; choose 1 per GPU")
+        check_ranges(self)
 
 
 @described
@@ -37,32 +38,29 @@ class LaunchConfig:
 
     launcher: Literal["local", "ray", "slurm"] = "local"
     """torchrun on this machine, on the nodes of the Ray cluster, or under Slurm."""
-    nodes: int = 1
+    nodes: Count = 1
     """Machines that train."""
-    processes_per_node: int = 1
+    processes_per_node: Count = 1
     """Ranks on each machine, one per GPU."""
-    gpus_per_node: int = 0
+    gpus_per_node: CountOrZero = 0
     """GPUs of each machine; 0 trains on CPUs with gloo."""
-    min_nodes: int | None = None
+    min_nodes: Count | None = None
     """With Ray: machines that an attempt may begin with when there are not enough; empty: all of `nodes`."""
-    placement_seconds: float = 300.0
+    placement_seconds: PositiveOrZero = 300.0
     """With Ray: how long to wait for the machines; an autoscaling cluster may have to start them."""
-    stop_seconds: float = 20.0
+    stop_seconds: PositiveOrZero = 20.0
     """How long the ranks may take to save and end when a run is cancelled; a Prefect worker kills after 30."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        check(self.nodes >= 1, f"nodes={self.nodes} is below 1; choose 1")
-        check(
-            self.processes_per_node >= 1, f"processes_per_node={self.processes_per_node} is below 1; choose 1 per GPU"
-        )
+        check_ranges(self)
         check(
             self.launcher != "local" or self.nodes == 1,
             f"launcher='local' cannot start nodes={self.nodes}; choose launcher='ray' or 'slurm', or nodes=1",
         )
         check(
-            self.min_nodes is None or 1 <= self.min_nodes <= self.nodes,
-            f"min_nodes={self.min_nodes} is not between 1 and nodes={self.nodes}; leave it empty to need all of them",
+            self.min_nodes is None or self.min_nodes <= self.nodes,
+            f"min_nodes={self.min_nodes} exceeds nodes={self.nodes}; leave it empty to need all of them",
         )
 
 
