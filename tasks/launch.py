@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 from tasks.errors import FULL, LaunchError
 from tasks.nodes import LocalNode, Node, ray_nodes
@@ -46,6 +47,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def rendezvous(attempt: str, host: str, port: int, is_host: object, address: str) -> list[str]:
+    """Where the torchruns of an attempt meet (c10d): options of one of them.
+
+    Args:
+        is_host: 1 on `host`, 0 elsewhere. torchrun would look host names up, which takes minutes where they resolve to
+            127.0.0.1.
+        address: what the other nodes reach this one by.
+    """
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-id", attempt, "--rdzv-endpoint", f"{host}:{port}"]
+    return [*meeting, "--rdzv-conf", f"is_host={is_host}", "--local-addr", address]
+
+
 def environment(config: LaunchConfig) -> dict[str, str]:
     """Environment of the ranks. Without GPUs they share the cores of their node."""
     common = {"PYTHONUNBUFFERED": "1", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank${rank}]:"}
@@ -71,24 +84,30 @@ RANK = (
 )
 
 
-def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, rendezvous: Sequence[str]) -> list[str]:
+def torchrun(config: LaunchConfig, arguments: Sequence[str], log_dir: Path, meeting: Sequence[str]) -> list[str]:
     """The command for one node. Rank 0 speaks to the terminal; every rank has its files below `log_dir`.
 
-    Addresses are static and torchrun restarts nothing: its c10d rendezvous takes minutes where a host name resolves to
-    127.0.0.1, and cannot replace a lost machine. An attempt ends everywhere, and the next one finds nodes anew.
+    torchrun restarts nothing itself: it would try a config error again, and cannot replace a lost machine. An attempt
+    ends everywhere, and the next one finds nodes anew, as many as there are.
     """
     return [
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes", str(config.nodes), "--nproc-per-node", str(config.processes_per_node), "--max-restarts", "0",
-        *rendezvous, "--log-dir", str(log_dir), "--redirects", "3", "--tee", "3", "--no-python",
+        *meeting, "--log-dir", str(log_dir), "--redirects", "3", "--tee", "3", "--no-python",
         sys.executable, "-I", "-S", "-c", RANK, sys.executable, "-u", "-m", *arguments,
     ]  # fmt: skip
 
 
 def _local(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
-    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    command = torchrun(config, arguments, log_dir, rendezvous)
+    meeting = rendezvous(uuid4().hex, "127.0.0.1", 0, 1, "127.0.0.1")
+    command = torchrun(config, arguments, log_dir, meeting)
     return [LocalNode(command, environment(config), log_dir / "torchrun.log")]
+
+
+FILLED_IN = (
+    'set -- "${@//@node@/$SLURM_NODEID}"; set -- "${@//@name@/$SLURMD_NODENAME}"; '
+    'exec "${@//@first@/$((SLURM_NODEID == 0))}"'
+)
 
 
 def _slurm(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
@@ -101,20 +120,23 @@ def _slurm(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> lis
     ).stdout.split()
     if len(hosts) < config.nodes:
         raise ValueError(f"launch.nodes={config.nodes} exceeds the allocation's {len(hosts)}; ask Slurm for more nodes")
-    rendezvous = ["--node-rank", "@node@", "--master-addr", hosts[0], "--master-port", str(free_port())]
+    meeting = rendezvous(uuid4().hex, hosts[0], free_port(), "@first@", "@name@")
     srun = ["srun", "--nodes", str(config.nodes), "--ntasks", str(config.nodes), "--ntasks-per-node", "1"]
     srun += ["--kill-on-bad-exit=1", "--label", "--export=ALL"]
     if config.gpus_per_node:
         srun += ["--gpus-per-node", str(config.gpus_per_node)]
-    number = ["bash", "-c", 'exec "${@//@node@/$SLURM_NODEID}"', "node"]  # one command for all: each fills in its own
-    command = [*srun, *number, *torchrun(config, arguments, log_dir / "node@node@", rendezvous)]
+    # One command for all nodes: each fills in what is its own.
+    own = ["bash", "-c", FILLED_IN, "node"]
+    command = [*srun, *own, *torchrun(config, arguments, log_dir / "node@node@", meeting)]
     return [LocalNode(command, environment(config), log_dir / "torchrun.log")]
 
 
 def _ray(config: LaunchConfig, arguments: Sequence[str], log_dir: Path) -> list[Node]:
-    def command(nodes: int, node: int, host: str, port: int) -> list[str]:
-        rendezvous = ["--node-rank", str(node), "--master-addr", host, "--master-port", str(port)]
-        return torchrun(replace(config, nodes=nodes), arguments, log_dir / f"node{node}", rendezvous)
+    attempt = uuid4().hex
+
+    def command(addresses: Sequence[str], node: int, port: int) -> list[str]:
+        meeting = rendezvous(attempt, addresses[0], port, int(node == 0), addresses[node])
+        return torchrun(replace(config, nodes=len(addresses)), arguments, log_dir / f"node{node}", meeting)
 
     return ray_nodes(config, command, environment(config), log_dir)
 
@@ -137,6 +159,8 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
         shown = "\n".join(f"  | {line}" for line in lines)
         return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=status < 0)
     rank, exitcode = (int(group) for group in cause.groups())
+    if labelled := re.search(rf"^(\d+): \[rank{rank}\]:", text, re.MULTILINE):  # by srun, which is one for all nodes
+        node = int(labelled[1])
     # --tee marks each line with the rank; torch marks tracebacks with it once more when the group is up.
     prefix = re.compile(rf"{MARKED}\[rank{rank}\]:(?:\[rank\d+\]: ?)?")
     own = [prefix.sub("", line) for line in tail if prefix.match(line) and prefix.sub("", line).strip()]
@@ -177,8 +201,8 @@ def launch(
         while running:
             for number, node in list(running.items()):
                 status = node.wait(POLL_SECONDS / len(running))
-                for line in node.lines() if number == 0 else ():
-                    if not OTHER_RANK.match(line):
+                for line in node.lines():  # rank 0 may be on any node
+                    if RANK_0.match(line) or (number == 0 and not OTHER_RANK.match(line)):
                         on_line(RANK_0.sub("", line))
                 if status is None:
                     continue

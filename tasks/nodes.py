@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,11 +157,11 @@ def place(config: LaunchConfig) -> Any:
 
 def ray_nodes(
     config: LaunchConfig,
-    command: Callable[[int, int, str, int], list[str]],
+    command: Callable[[Sequence[str], int, int], list[str]],
     environment: dict[str, str],
     log_dir: Path,
 ) -> list[Node]:
-    """Start `command(nodes, node, master host, master port)` on different nodes of the connected Ray.
+    """Start `command(addresses of the nodes, node, a free port of the first)` on nodes of the connected Ray.
 
     Raises:
         LaunchError: the cluster has too few nodes, or lost one.
@@ -187,14 +187,13 @@ def ray_nodes(
     nodes: list[Node] = [RayNode(i, agent, ended) for i, agent in enumerate(agents)]
     try:
         # Ray notices a lost node after 15 s and more, and until then places agents on it, which never answer.
-        (host, port), *_ = ray.get([agent.endpoint.remote() for agent in agents], timeout=AGENT_SECONDS)
-        ray.get(
-            [
-                agent.start.remote(command(count, i, host, port), environment, log_dir / f"node{i}" / "torchrun.log")
-                for i, agent in enumerate(agents)
-            ],
-            timeout=AGENT_SECONDS,
-        )
+        endpoints = ray.get([agent.endpoint.remote() for agent in agents], timeout=AGENT_SECONDS)
+        addresses, port = [address for address, _ in endpoints], endpoints[0][1]
+        logs = [log_dir / f"node{i}" / "torchrun.log" for i in range(count)]
+        started = [
+            agent.start.remote(command(addresses, i, port), environment, logs[i]) for i, agent in enumerate(agents)
+        ]
+        ray.get(started, timeout=AGENT_SECONDS)
     except BaseException as error:
         for node in nodes:
             node.stop(0)

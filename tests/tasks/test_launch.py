@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tasks.errors import LaunchError
-from tasks.launch import environment, free_port, launch, torchrun
+from tasks.launch import environment, launch, rendezvous, torchrun
 from tasks.process import MARK, Process, marked
 from wan_core.config import LaunchConfig
 
@@ -178,9 +178,8 @@ def test_process_mark_reaches_grandchildren(tmp_path: Path) -> None:
 def test_ranks_die_with_their_torchrun(on_path: Path) -> None:
     """Also when it cannot tell them so: nothing sends them a signal here but the kernel."""
     name = program(on_path, "open(f'up{rank}', 'w').close(); time.sleep(600)")
-    config, port = LaunchConfig(processes_per_node=2), free_port()
-    rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    command = torchrun(config, [name], on_path / "logs", rendezvous)
+    meeting = rendezvous("attempt", "127.0.0.1", 0, 1, "127.0.0.1")
+    command = torchrun(LaunchConfig(processes_per_node=2), [name], on_path / "logs", meeting)
     agent = subprocess.Popen(command, cwd=on_path, env={**os.environ, MARK: on_path.name}, start_new_session=True)
     assert wait_until(lambda: all((on_path / f"up{rank}").exists() for rank in range(2)), 60)
     assert len(marked(on_path.name)) == 3

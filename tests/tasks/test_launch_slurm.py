@@ -24,7 +24,8 @@ def label(task, node):
     for line in task.stdout:
         print(f"{node}: {line}", end="", flush=True)
 tasks = [
-    subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(node)}, text=True,
+    subprocess.Popen(command, text=True,
+                     env={**os.environ, "SLURM_NODEID": str(node), "SLURMD_NODENAME": "localhost"},
                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for node in range(int(options[options.index("--nodes") + 1]))
 ]
@@ -74,7 +75,7 @@ def test_a_rank_of_another_node_fails(allocation: Path) -> None:
         time.sleep(60)
     """
     config = LaunchConfig(launcher="slurm", nodes=2)
-    with pytest.raises(LaunchError, match="rank 1 on node 0 ended with exit code 1") as caught:
+    with pytest.raises(LaunchError, match=r"rank 1 on node \d ended with exit code 1") as caught:
         launch(config, [program(allocation, body)], allocation / "logs")
     assert "OSError: node two has no such file" in str(caught.value) and caught.value.retry
 
