@@ -43,7 +43,7 @@ from wan_core.config import EncodeConfig, LaunchConfig, RayConfig, Size
 def training(folder: str, rank: str):
     @task
     def train():
-        launch(LaunchConfig(processes_per_node=2, stop_seconds=5), [rank], Path(folder) / "logs")
+        launch(LaunchConfig(processes_per_node=2), [rank], Path(folder) / "logs")
     train()
 
 
