@@ -44,11 +44,17 @@ from wan_core.parallel import Parallel  # noqa: E402
 from wan_core.recipes import WanConfigContainer, build  # noqa: E402
 from wan_core.step import WanStep  # noqa: E402
 
-# 3 layers do not divide over 2 stages. On GPUs, 128 features a head as WAN has: kernels differ by that number.
-SMALL = Architecture(512 if torch.cuda.is_available() else 64, 160, 4, 3, text_dim=32, freq_dim=64)
+# 3 layers do not divide over 2 stages, and the embedders are so large a part that a cut between two ranks' shares of a
+# stage goes through them. On GPUs, 128 features a head as WAN has: kernels differ by that number.
+GPU = torch.cuda.is_available()
+SMALL = Architecture(512 if GPU else 64, 160, 4, 3, text_dim=4096 if GPU else 512, freq_dim=64)
 SMALL_I2V = dataclasses.replace(SMALL, in_channels=36, image_dim=24)
-FOUR_SAMPLES = ("3x6x10", "1x6x6", "5x2x14", "1x8x12")  # 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad
-ONE_SAMPLE = ("3x8x12",)  # 72 tokens
+# 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad. On GPUs 4500 + 841 + 3500 + 2400: short samples would go to
+# another kernel than WAN's; again an odd sum, and half of the ranks hold nothing of the first sample.
+FOUR_SAMPLES = (
+    ("3x60x100", "1x58x58", "5x20x140", "1x80x120") if GPU else ("3x6x10", "1x6x6", "5x2x14", "1x8x12")
+)
+ONE_SAMPLE = ("3x80x120",) if GPU else ("3x8x12",)  # 7200 tokens; 72
 I2V_MODEL = "i2v-model"
 
 
@@ -208,9 +214,9 @@ def container(layout: Layout, out: Path, steps: int, extra: list[str]) -> WanCon
 @contextlib.contextmanager
 def process_group(store: dist.Store, rank: int, ranks: int) -> Iterator[None]:
     """The default process group, among the first `ranks` of all ranks."""
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if GPU else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=30)
     )  # idle ranks wait for their turn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class WanModel(MegatronModule):
             for layer, recompute in self._layers_to_run():
                 inputs = (x, modulation, text, image, rotary, shard.local_lengths, packing)
                 x = (
-                    checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self._draws)
                     if recompute
                     else layer(*inputs)
                 )
@@ -118,6 +119,11 @@ class WanModel(MegatronModule):
         for index, layer in enumerate(self.layers.values()):
             yield layer, full and index < count
 
+    @cached_property
+    def _draws(self) -> bool:
+        """Whether layers draw random numbers, as adapters with dropout do: recomputed, they must draw the same ones."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.layers.modules())
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
         """Take the previous stage's output; megatron's pipeline schedule calls this with a list of one."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -132,6 +138,9 @@ class WanModel(MegatronModule):
         for name, parameter in self.named_parameters():
             if name.startswith(EMBEDDERS):
                 parameter.pipeline_parallel = True  # summed over the pipeline stages
+                # A bucket of its own, so that every stage cuts it alike over its data-parallel ranks: each of these
+                # holds no more than its own piece reduced when the stages are summed.
+                parameter.shared_embedding = self.parallel.pp > 1
                 parameter.shared = not self.pre_process  # counted once in the gradient norm
             split = ("time_embedding.", "patch_embedding.", "head.", "modulation", "cross_norm.")
             if any(part in name for part in split):
