@@ -11,8 +11,9 @@ import resource
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,19 @@ def broken_middle(raw: bytes) -> bytes:
     return raw[: place + 2000] + bytes(1500) + raw[place + 3500 :]
 
 
+def no_decoder(raw: bytes) -> bytes:
+    place = raw.rindex(b"avc1")
+    return raw[:place] + b"zzzz" + raw[place + 4 :]
+
+
+def broken_png(path: Path) -> None:
+    """The second of its chunks of pixels has lost its name."""
+    Image.fromarray(pixels(1, 300, 300)[0]).save(path)
+    raw = path.read_bytes()
+    place = raw.index(b"IDAT", raw.index(b"IDAT") + 4)
+    path.write_bytes(raw[:place] + b"\0\1\2\3" + raw[place + 4 :])
+
+
 ENCODED = "encoded"
 # kind -> (file name, what makes the file, what makes its caption file, reason of its row or ENCODED)
 type Make = Callable[[Path], object]
@@ -128,6 +142,7 @@ KINDS: dict[str, Kind] = {
     "folder named .mp4": ("a24.mp4", lambda p: good(p / "inside.mp4", 24), None, ENCODED),
     "folder that holds itself": ("a25", lambda p: p.symlink_to(p.parent, target_is_directory=True), None, "lies in"),
     "the same clip again": ("a26.mp4", lambda p: good(p, 20), "x", "duplicate"),
+    "codec without a decoder": ("a27.mp4", lambda p: damaged(p, 27, no_decoder), "x", "has no decoder for its codec"),
     # captions
     "no caption": ("b01.mp4", lambda p: good(p, 101), None, "no caption"),
     "empty caption": ("b02.mp4", lambda p: good(p, 102), " \n\t", "no caption"),
@@ -180,6 +195,16 @@ ROWS: dict[str, tuple[bytes, str, str]] = {
     "row whose name is a list": (b'{"file_name": ["c01.mp4"], "caption": "x"}', "meta.jsonl, row 12", "no file_name"),
     "row nested too deeply": (b"[" * 100_000 + b"]" * 100_000, "meta.jsonl, row 13", "nested too deeply"),
 }  # fmt: skip
+# what only mode=frames reads: kind -> (file name, what makes the file, reason of its row or ENCODED)
+PICTURES: dict[str, tuple[str, Make, str]] = {
+    "picture": ("d01.png", lambda p: Image.fromarray(pixels(seed=401)[0]).save(p), ENCODED),
+    "chunk without a name": ("d02.png", broken_png, "not a readable image: .*broken PNG file"),
+    "cut picture": (
+        "d03.png", lambda p: (Image.fromarray(pixels()[0]).save(p), p.write_bytes(p.read_bytes()[:999])), "truncated",
+    ),
+    "text named .jpg": ("d04.jpg", lambda p: p.write_text("no image"), "unknown or damaged format"),
+    "empty picture": ("d05.webp", lambda p: p.touch(), "unknown or damaged format"),
+}  # fmt: skip
 NEIGHBOURS = 6
 
 
@@ -192,6 +217,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = caption if isinstance(caption, bytes) else caption.encode()
             suffix = ".json" if text.startswith(b"{") else ".txt"
             (folder / name).with_suffix(suffix).write_bytes(text)
+    for name, make, _ in PICTURES.values():
+        make(folder / name)
+        (folder / name).with_suffix(".txt").write_text("a picture")
     (folder / "a24.mp4" / "inside.txt").write_text("x")
     for i in (1, 2):
         good(folder / f"c0{i}.mp4", 200 + i)
@@ -202,14 +230,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ended(corpus: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
+def run(config: EncodeConfig, corpus: Path, model: Path, root: Path) -> dict[str, list[str]]:
     """Path -> its reasons, or ENCODED, after one run over all of them."""
-    root = tmp_path_factory.mktemp("run")
     (root / "tmp").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
-        record = stage.run(CONFIG, corpus, tiny_model, root / "out")
+        record = stage.run(config, corpus, model, root / "out")
     found: dict[str, list[str]] = {}
     for line in map(json.loads, (root / "out" / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()):
         found.setdefault(line["path"], []).append(line["reason"])
@@ -217,7 +243,12 @@ def ended(corpus: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
         found.setdefault(line["path"], []).append(ENCODED)
     assert record.num_clips + record.num_quarantined == sum(map(len, found.values()))
     assert not list((root / "tmp").iterdir()) and not [p for p in root.rglob(".*") if p.name != ".lock"]
-    yield found
+    return found
+
+
+@pytest.fixture(scope="module")
+def ended(corpus: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return run(CONFIG, corpus, tiny_model, tmp_path_factory.mktemp("run"))
 
 
 def shown(name: str) -> str:
@@ -244,6 +275,30 @@ def test_a_row_is_encoded_or_quarantined_with_its_reason(ended: dict[str, list[s
 def test_nothing_else_is_lost(ended: dict[str, list[str]]) -> None:
     assert all(ended[f"z{i}.mp4"] == [ENCODED] for i in range(NEIGHBOURS))
     assert len(ended) == len(KINDS) + len({path for _, path, _ in ROWS.values()}) + NEIGHBOURS
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "buckets": {"tokens_per_sample": 12, "bucket_frames": (5, 9)},
+    "windows": {"window_frames": 9, "window_stride": 100_000},
+    "scenes": {"scene_detector": "content"},
+    "frames": {"mode": "frames"},
+    "frames of buckets": {"mode": "frames", "tokens_per_sample": 12},
+}
+
+
+@pytest.mark.parametrize("settings", OTHERWISE.values(), ids=OTHERWISE)
+def test_nothing_is_lost_by_other_ways_to_read(
+    ended: dict[str, list[str]], corpus: Path, tiny_model: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    if "scene_detector" in settings:
+        pytest.importorskip("scenedetect")
+    found = run(replace(CONFIG, **settings), corpus, tiny_model, tmp_path)
+    assert all(found[f"z{i}.mp4"] == [ENCODED] for i in range(NEIGHBOURS))
+    pictures = PICTURES if settings.get("mode") == "frames" else {}
+    assert found.keys() == ended.keys() | {name for name, _, _ in pictures.values()}
+    for name, _, expected in pictures.values():
+        assert matching(found[name], expected), (name, found[name])
+    assert matching(found["a27.mp4"], "has no decoder for its codec"), found["a27.mp4"]
 
 
 # What concerns a whole run.

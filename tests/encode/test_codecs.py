@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from tests.encode.test_video import numbers, ramp, remux
 from wan_core.config import EncodeConfig, Size
@@ -88,16 +89,28 @@ def test_time_stamps_may_begin_anywhere(tmp_path: Path, start: int) -> None:
         assert start < 0, error
 
 
-def test_sound_only_and_cover_art_are_no_video(tmp_path: Path) -> None:
-    path = tmp_path / "sound.mp4"
+@pytest.mark.parametrize("cover", [False, True])
+def test_sound_with_or_without_cover_art_is_no_video(tmp_path: Path, cover: bool) -> None:
+    path = sound(tmp_path / "sound.mp4", cover)
+    assert path.read_bytes().count(b"covr") == cover
+    with pytest.raises(ClipError, match="it holds no video stream"):
+        read_video(path, CONFIG)
+
+
+def sound(path: Path, cover: bool) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=48000)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.height, picture.width, picture.pix_fmt = 64, 96, "yuvj420p"
+            picture.disposition = Disposition.attached_pic
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(ramp(1)[0], format="rgb24")))
+            container.mux(picture.encode())
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 96000), np.int16), format="s16", layout="stereo")
         silence.sample_rate, silence.pts = 48000, 0
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
-    with pytest.raises(ClipError, match="it holds no video stream"):
-        read_video(path, CONFIG)
+    return path
 
 
 def test_one_frame_at_any_rate_is_an_image(tmp_path: Path) -> None:

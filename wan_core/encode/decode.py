@@ -1,8 +1,9 @@
-"""Frames of a video file by number and by time, through PyAV; what FFmpeg refuses becomes a `ClipError`."""
+"""Frames of a video file by number and by time, through PyAV; what cannot be decoded becomes a `ClipError`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.stream import Disposition
 
 from wan_core.encode.timeline import TOLERANCE, Timeline
 
@@ -28,30 +30,37 @@ class ClipError(ValueError):
         self.retry = retry
 
 
-class opened:
-    """Context manager: the container and its first video stream; what FFmpeg raises becomes a `ClipError`."""
+@contextmanager
+def refused(what: str, path: Path) -> Iterator[None]:
+    """What a library raises at a file becomes a `ClipError`: FFmpeg and Pillow meet odd ones with errors of any type.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    So does a fault of our own, but that would be every clip's, and ends the run by `max_quarantine_share`.
+    """
+    try:
+        yield
+    except FFmpegError as error:  # before OSError, which some of them are
+        raise ClipError(f"{what}: {plain(error, path)}") from error
+    except (ClipError, OSError, MemoryError, AssertionError):
+        raise
+    except Exception as error:
+        raise ClipError(f"{what}: {type(error).__name__}: {plain(error, path)}") from error
 
-    def __enter__(self) -> tuple[Any, Any]:
-        if self.path.stat().st_size == 0:
-            raise ClipError("empty file: 0 bytes")
-        try:
-            self.container = av.open(str(self.path))
-        except FFmpegError as error:
-            raise ClipError(f"not a readable video: {plain(error, self.path)}") from error
-        if not self.container.streams.video:
-            self.container.close()
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; cover art is none."""
+    if path.stat().st_size == 0:
+        raise ClipError("empty file: 0 bytes")
+    with refused("not a readable video", path):
+        container = av.open(str(path))
+    with container, refused("damaged video", path):
+        streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+        if not streams:
             raise ClipError("not a readable video: it holds no video stream")
-        stream = self.container.streams.video[0]
-        stream.thread_type = "AUTO"
-        return self.container, stream
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.container.close()
-        if isinstance(error, FFmpegError):
-            raise ClipError(f"damaged video: {plain(error, self.path)}") from error
+        if streams[0].codec_context is None:
+            raise ClipError("not a readable video: FFmpeg has no decoder for its codec")
+        streams[0].thread_type = "AUTO"
+        yield container, streams[0]
 
 
 def read_timeline(path: Path) -> Timeline:

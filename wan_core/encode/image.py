@@ -62,9 +62,11 @@ def read_first_frame(path: Path, size: Size) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
+    from wan_core.encode.picture import upright_rgb
+
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+            upright = upright_rgb(image)
+    except Exception as error:  # Pillow meets damaged files with errors of any type
         raise ValueError(f"image {path} cannot be read ({error}); give a .png, .jpg or .webp file") from error
     return np.asarray(ImageOps.fit(upright, (size.width, size.height), Image.Resampling.BICUBIC))

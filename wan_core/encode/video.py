@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from wan_core.config import VAE_TEMPORAL_STRIDE, EncodeConfig, Size
 from wan_core.data.clips import IMAGE_SUFFIXES, Clip
@@ -22,8 +22,10 @@ from wan_core.encode.decode import (
     opened,
     plain,
     read_timeline,
+    refused,
     resampled,
 )
+from wan_core.encode.picture import upright_rgb
 from wan_core.encode.timeline import Timeline
 
 # SWS_BILINEAR | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT. Without them swscale makes 10-bit video darker by 1.7 levels of
@@ -154,16 +156,15 @@ def read_image(path: Path, config: EncodeConfig) -> np.ndarray:
         ClipError: not an image, or truncated.
     """
     try:
-        with Image.open(path) as image:
-            # exif_transpose: cameras store the sensor's picture and, in a tag, how it was held.
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            size = choose_size(upright.height, upright.width, config.sizes)
-            if config.tokens_per_sample and (bucket := choose_bucket(config, 1, upright.height, upright.width)):
+        with refused("not a readable image", path), Image.open(path) as image:
+            picture = upright_rgb(image)
+            size = choose_size(picture.height, picture.width, config.sizes)
+            if config.tokens_per_sample and (bucket := choose_bucket(config, 1, picture.height, picture.width)):
                 size = bucket.size
-            return _fit(upright, size, config.center_crop)
+            return _fit(picture, size, config.center_crop)
     except UnidentifiedImageError as error:
         raise ClipError("not a readable image: unknown or damaged format") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise ClipError(f"not a readable image: {plain(error, path)}") from error
 
 
