@@ -12,7 +12,7 @@ from wan_core.architecture import Architecture
 from wan_core.cluster import DEVICES, Layout, Work
 from wan_core.config import check
 from wan_core.costs import GIB
-from wan_core.plan import Estimate, rank, smallest
+from wan_core.plan import MARGIN, Estimate, rank, smallest
 
 PASTED = 3  # layouts whose overrides are printed
 
@@ -43,12 +43,12 @@ def show(work: Work, rows: int) -> None:
     if not found:
         least = smallest(work)
         raise ValueError(
-            f"no layout fits {work.device.memory_gib:g} GiB a GPU; {name(least.layout)} comes closest with "
-            f"{least.total_bytes / GIB:.0f} GiB: take more GPUs, or fewer tokens in a pack"
+            f"no layout fits {work.device.memory_gib:g} GiB a GPU and leaves {MARGIN:.0%} free; {name(least.layout)} "
+            f"comes closest with {least.total_bytes / GIB:.0f} GiB: take more GPUs, or fewer tokens in a pack"
         )
     console.print(
         f"{work.packs} packs of {work.tokens:,} tokens a step, {work.nodes} x {work.gpus_per_node} GPUs of "
-        f"{work.device.memory_gib:g} GiB: {len(found)} layouts fit"
+        f"{work.device.memory_gib:g} GiB: {len(found)} layouts fit and leave {MARGIN:.0%} free"
     )
     console.print(table(found[:rows]))
     for number, each in enumerate(found[: min(rows, PASTED)], 1):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,14 +15,13 @@ from diffusers import WanTransformer3DModel
 from wan_core.architecture import I2V_14B, T2V_1_3B, T2V_14B, Architecture
 from wan_core.cluster import DEVICES, Layout, Work
 from wan_core.config import TrainConfig
-from wan_core.costs import layer_parameters, rank_parameters, state_bytes
+from wan_core.costs import GIB, layer_parameters, rank_parameters, state_bytes
 from wan_core.layout import check_training
 from wan_core.model.config import WanTransformerConfig
 from wan_core.model.model import WanModel
 from wan_core.parallel import layout as one_rank
-from wan_core.plan import estimate, layouts, rank
+from wan_core.plan import MARGIN, estimate, layouts, rank
 
-GIB = 2**30
 SMALL = Architecture(96, 160, 4, 5, text_dim=32, freq_dim=64)
 ONE = Work(T2V_1_3B, DEVICES["h200"], gpus_per_node=1, nodes=1, tokens=37_440)
 NODE = Work(T2V_14B, DEVICES["h200"], gpus_per_node=8, nodes=1, tokens=37_440, packs=8)
@@ -82,6 +82,10 @@ CP2_RING = replace(SELECTIVE, cp=2, ring=True)
     [
         ("h200", 40, replace(TP2_SP, tp=4), 3.40, 105.7),
         ("h200", 40, replace(TP2_SP, cp=2, ring=True), 3.45, 125.0),
+        ("h200", 40, replace(TP2_SP, cp=2), 3.38, 124.3),
+        ("h200", 40, replace(SELECTIVE, cp=4, fsdp=True), 3.25, 108.1),
+        ("h200", 40, replace(SELECTIVE, cp=4, ring=True, fsdp=True), 3.47, 109.1),
+        ("h200", 40, Layout(dp=4, fsdp=True, recompute="full", recompute_layers=40), 14.31, 90.5),
         ("h200", 6, TP2_SP, 0.953, 35.7),
         ("h200", 6, Layout(cp=2), 0.934, 53.3),
         ("h200", 6, replace(SELECTIVE, cp=2), 0.970, 40.4),
@@ -99,7 +103,7 @@ def test_estimates_of_layouts_are_near_what_was_measured(
     """docs/benchmarks/multi_gpu.md: 14B or some of its layers, a pack for each data-parallel rank."""
     work = Work(replace(T2V_14B, num_layers=layers), DEVICES[device], layout.ranks, 1, tokens=37_440, packs=layout.dp)
     found = estimate(work, layout)
-    assert found.seconds == pytest.approx(seconds, rel=0.17)
+    assert found.seconds == pytest.approx(seconds, rel=0.18)
     assert found.allocated_bytes / GIB == pytest.approx(gib, rel=0.01 if layers == 40 else 0.06)
 
 
@@ -142,11 +146,28 @@ def test_ranked_layouts_fit_and_the_fastest_is_first() -> None:
     found = rank(replace(NODE, architecture=T2V_1_3B, device=DEVICES["h100"]))
     seconds = [float(f"{each.seconds:.3g}") for each in found]
     assert seconds == sorted(seconds)
-    assert all(each.total_bytes <= DEVICES["h100"].memory_gib * GIB for each in found)
+    assert all(each.total_bytes <= DEVICES["h100"].memory_gib * GIB * (1 - MARGIN) for each in found)
     bare = {each.layout for each in found if each.layout.recompute is None}
     assert not any(
         replace(each.layout, recompute=None, recompute_layers=0) in bare for each in found if each.layout.recompute
     )
+
+
+def test_no_layout_is_listed_with_a_recomputation_that_only_loses() -> None:
+    """14B on four H200s: a few blocks made again whole take more memory and more time than all of them selectively."""
+    found = rank(Work(T2V_14B, DEVICES["h200"], 4, 1, tokens=37_440, packs=1))
+    chosen: dict[Layout, list[tuple[float, float]]] = {}
+    for each in found:
+        layout = replace(each.layout, recompute=None, recompute_layers=0)
+        chosen.setdefault(layout, []).append((each.seconds, each.total_bytes))
+    assert len(chosen) > 5
+    for options in chosen.values():  # from the fastest on, each takes less memory than the one before
+        assert all(slower[1] < faster[1] for faster, slower in pairwise(sorted(options)))
+
+
+def test_a_pack_holds_whole_samples() -> None:
+    with pytest.raises(ValueError, match="tokens=10 do not divide over samples=100"):
+        replace(NODE, tokens=10, samples=100)
 
 
 @pytest.mark.parametrize("recipe", ["wan_1_3b", "wan_14b"])
@@ -187,4 +208,6 @@ def test_the_command_prints_a_table_of_100_columns() -> None:
     assert "TFLOP/s" in rows[1] and " a2a " in done.stdout
     none = wan("--model", "14B", "--gpus", "1", "--device", "h100")
     assert none.returncode == 2
-    assert none.stderr.startswith("error: no layout fits 79.1 GiB a GPU; one rank full, 40 comes closest with")
+    assert none.stderr.startswith(
+        "error: no layout fits 79.1 GiB a GPU and leaves 5% free; one rank full, 40 comes closest with"
+    )

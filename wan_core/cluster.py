@@ -97,6 +97,10 @@ class Work:
     def __post_init__(self) -> None:
         for name in ("gpus_per_node", "nodes", "tokens", "samples", "packs"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is below 1")
+        check(
+            self.tokens % self.samples == 0,
+            f"tokens={self.tokens} do not divide over samples={self.samples}, of equal length; choose another",
+        )
 
     @property
     def ranks(self) -> int:

@@ -163,7 +163,7 @@ def block_time(work: Work, layout: Layout) -> BlockTime:
     link = d.node_link if tp * cp <= work.gpus_per_node else d.network
     unit = tokens * h * LOW
     gather = (tp - 1) / tp * unit / d.node_link + d.latency if tp > 1 else 0.0  # or reduce-scatter; an all-reduce: two
-    norms = 2 * d.latency if tp > 1 else 0.0  # of q and k
+    norms = 3 * d.latency if tp > 1 else 0.0  # of q and k, here together, in cross-attention each
     exchange = 4 * (cp - 1) / cp * unit / tp / link + 2 * d.latency if cp > 1 and not layout.ring else 0.0
     around = 2 * unit / tp / link + d.latency  # keys and values to the next rank
     passed, passed_back = ((cp - 1) * around, (3 * cp - 1) * around) if layout.ring else (0.0, 0.0)  # float32 gradients

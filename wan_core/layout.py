@@ -13,10 +13,14 @@ from wan_core.recipe_values import recipe_values
 
 SIZES = ("tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size")
 COUNTS = (*(f"model.{name}" for name in (*SIZES, "num_attention_heads", "num_layers")), "train.micro_batch_size")
+UNUSED = (  # by our model, which gives every stage as many layers, to one more or less
+    "virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 DEFAULTS: dict[str, Any] = {  # of what a recipe may leave out: megatron's, and those of `recipes`
-    **dict.fromkeys(COUNTS, 1), "model.sequence_parallel": False, "model.cp_comm_type": None,
-    "model.recompute_granularity": None, "model.recompute_modules": None, "model.recompute_method": None,
-    "model.recompute_num_layers": None, "train.global_batch_size": 1,
+    **dict.fromkeys(COUNTS, 1), **{f"model.{name}": None for name in UNUSED}, "model.sequence_parallel": False,
+    "model.cp_comm_type": None, "model.recompute_granularity": None, "model.recompute_modules": None,
+    "model.recompute_method": None, "model.recompute_num_layers": None, "train.global_batch_size": 1,
     "dataset.batch_unit": "packs", "dist.use_megatron_fsdp": False, "ddp.use_megatron_fsdp": False,
 }  # fmt: skip
 
@@ -28,7 +32,8 @@ def check_layout(config: Any) -> None:
         config: a TransformerConfig, or an object with its fields of the same names.
 
     Raises:
-        ValueError: heads or the feed-forward width do not divide over the ranks, or stages outnumber layers.
+        ValueError: heads or the feed-forward width do not divide over the ranks, stages outnumber layers, or a setting
+            would do nothing.
     """
     heads, layers = config.num_attention_heads, config.num_layers
     tp, cp, pp = config.tensor_model_parallel_size, config.context_parallel_size, config.pipeline_model_parallel_size
@@ -63,6 +68,19 @@ def check_layout(config: Any) -> None:
         f"recompute_granularity=full needs recompute_method (block or uniform), which is {method}, and "
         f"recompute_num_layers, which is {count}; uniform and 1 recompute every layer",
     )
+    most = -(-layers // pp)
+    check(
+        method != "uniform" or count == 1,
+        f"recompute_num_layers={count} with recompute_method=uniform: every layer is recomputed by itself; set it to 1",
+    )
+    check(
+        method != "block" or 1 <= count <= most,
+        f"recompute_num_layers={count} is not between 1 and {most}, the layers of a pipeline stage; choose one of "
+        "them, or recompute_granularity=null for none",
+    )
+    for name in UNUSED:
+        value = getattr(config, name, None)
+        check(not value, f"{name}={value}, but stages get equal numbers of layers, each of them once; leave it out")
     check(
         config.cp_comm_type == "p2p" or heads % (tp * cp) == 0,
         f"num_attention_heads={heads} is not divisible by tensor_model_parallel_size={tp} x "

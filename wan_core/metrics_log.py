@@ -84,7 +84,8 @@ class MetricsLog(Callback):
         return Metrics(
             iteration=iteration, train_iters=self.config.train.train_iters or 0,
             loss=float((context.loss_dict or {})["loss"]),
-            learning_rate=float(context.optimizer.param_groups[0]["lr"]), grad_norm=float(context.grad_norm or 0.0),
+            learning_rate=float(context.optimizer.param_groups[0]["lr"]),
+            grad_norm=float(context.user_state["grad_norm"]),
             step_seconds=round(seconds / steps, 4), tokens_per_second=round(tokens / seconds, 1),
             tokens_per_second_per_rank=round(tokens / seconds / ranks, 1), tflops_per_rank=round(tflops, 3),
             mfu=peak and round(tflops / peak, 4), consumed_samples=self.consumed,

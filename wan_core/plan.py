@@ -12,6 +12,8 @@ from wan_core.cluster import Layout, Work
 from wan_core.costs import GIB, KEPT, activation_bytes, state_bytes, step_seconds, total_bytes
 from wan_core.layout import check_fsdp, check_layout
 
+MARGIN = 0.05  # of the memory that a layout must leave free: estimates are off by up to 1 %, longest packs come late
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -75,7 +77,7 @@ def rank(work: Work) -> list[Estimate]:
 
     Full recomputation takes as few blocks as memory needs.
     """
-    limit, fitting = work.device.memory_gib * GIB, {}
+    limit, fitting = work.device.memory_gib * GIB * (1 - MARGIN), {}
     for layout in layouts(work):
         same = replace(layout, recompute=None, recompute_layers=0)
         if same in fitting:
@@ -85,7 +87,17 @@ def rank(work: Work) -> list[Estimate]:
         first = next((each for each in found if each.total_bytes <= limit), None)
         if first is not None:
             fitting[layout] = first
-    return sorted(fitting.values(), key=lambda each: (float(f"{each.seconds:.3g}"), each.layout.fsdp, each.seconds))
+    # With few blocks made again, full recomputation may be slower than selective and yet take more memory.
+    best = [each for each in fitting.values() if not any(_beats(other, each) for other in fitting.values())]
+    return sorted(best, key=lambda each: (float(f"{each.seconds:.3g}"), each.layout.fsdp, each.seconds))
+
+
+def _beats(one: Estimate, other: Estimate) -> bool:
+    """Whether it is the same layout with a recomputation that is better in time and in memory."""
+    same = replace(one.layout, recompute=None, recompute_layers=0) == replace(
+        other.layout, recompute=None, recompute_layers=0
+    )
+    return same and one.seconds < other.seconds and one.total_bytes < other.total_bytes
 
 
 def smallest(work: Work) -> Estimate:

@@ -134,6 +134,7 @@ class Stability(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Raises `FloatingPointError` where the run has to stop."""
+        context.user_state["grad_norm"] = self.norm  # Bridge's own is 0 under FSDP without clipping
         if not self.reason:
             self.in_a_row = 0
             return

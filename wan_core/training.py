@@ -23,6 +23,7 @@ from wan_core.config import TrainConfig
 from wan_core.convert.formats import loadable
 from wan_core.ema import AverageWeights
 from wan_core.metrics_log import MetricsLog
+from wan_core.model.kernels import attention_backend
 from wan_core.recipes import WanConfigContainer, build
 from wan_core.stability import Stability
 from wan_core.step import WanStep
@@ -115,6 +116,9 @@ def run(
     run_dir.mkdir(parents=True, exist_ok=True)
     rank = int(os.environ.get("RANK", 0))
     prepare_resume(container, rank)
+    if rank == 0 and attention_backend() == "cudnn":
+        # 1.3B at 37,440 tokens trains an eighth slower, and 5 % more memory goes (docs/benchmarks/h200.md).
+        print("attention runs on cuDNN; FlashAttention 4 is faster and comes with uv sync --extra gpu", flush=True)
     # GPT dataset helpers, for which pip's megatron-core has no Makefile: compiling them would end the process.
     bridge_initialize.compile_helpers = lambda: None
     bridge_eval.print_rank_last = lambda message: None  # tables of perplexities; ValidationLog says it in a line

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.model.reference import SIZES, Inputs, gradients, our_model, reference_model, run_ours
 from wan_core.model.recompute import cheap, selective
+from wan_core.parallel import layout
 
 
 def run(active: bool, seen: list[str]) -> list[Tensor]:
@@ -72,3 +74,21 @@ def test_an_address_used_again_is_not_taken_for_the_op_before() -> None:
         out = (x * other).sum()
     (grad,) = torch.autograd.grad(out, x)
     assert torch.equal(grad, other)
+
+
+def test_a_recomputed_layer_draws_the_same_dropout() -> None:
+    """As adapters with lora.dropout do. With other draws the gradients would belong to another forward."""
+    architecture = SIZES["head_dim 24"]
+    with layout(backend="gloo"):
+        reference, found = reference_model(architecture), []
+        for values in ({}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}):
+            model = our_model(reference, architecture, **values).train()
+            for layer in model.layers.values():
+                layer.dropout = nn.Dropout(0.5)
+                layer.register_forward_hook(lambda layer, inputs, out: layer.dropout(out))
+            torch.manual_seed(0)
+            inputs = Inputs.random(architecture, [(1, 4, 6)])
+            torch.manual_seed(1)
+            run_ours(model, inputs)[0].square().sum().backward()
+            found.append(gradients(model, architecture))
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())

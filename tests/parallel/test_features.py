@@ -86,11 +86,12 @@ def test_steps_that_count_tokens_go_on_over_other_ranks(runs: Path, layout: str)
 
 
 def test_fsdp_without_clipping_trains_the_same(runs: Path) -> None:
-    """Its reported norm is 0 then (Bridge asks it for none), which the verdict on a step must not take for it."""
+    """Bridge asks it for no gradient norm then; the one that is logged, and judged, is measured all the same."""
     run, one = folder(runs, "unclipped", "fsdp"), folder(runs, "unclipped", "one")
     lines, others = (list(read_lines(path / "metrics.jsonl")) for path in (run, one))
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in others], rel=1e-5)
     assert lines[-1]["skipped_steps"] == 0 and len(lines) == 4
+    assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in others], rel=1e-5)
     assert max(error for error, _ in module_errors(tensors(run), tensors(one)).values()) <= 1e-4
 
 

@@ -80,6 +80,14 @@ def test_export_gives_the_trained_bytes(runs: Path, name: str) -> None:
          "context_parallel_size=4, which exchanges heads; choose a product among 1, 2, 4"),
         ({"pipeline_model_parallel_size": 5, "pipeline_dtype": torch.float32}, "pipeline_model_parallel_size=5 exceeds "
          "num_layers=4; choose 4 or less"),
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 10},
+         "recompute_num_layers=10 with recompute_method=uniform: every layer is recomputed by itself; set it to 1"),
+        ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 0},
+         "recompute_num_layers=0 is not between 1 and 4, the layers of a pipeline stage; choose one of them, or "),
+        ({"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32, "recompute_granularity": "full",
+          "recompute_method": "block", "recompute_num_layers": 3}, "recompute_num_layers=3 is not between 1 and 2"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size=2, but stages get equal"),
+        ({"account_for_embedding_in_pipeline_split": True}, "account_for_embedding_in_pipeline_split=True, but"),
         ({"sequence_parallel": True}, "sequence_parallel=true needs tensor_model_parallel_size > 1, which is 1; "
          "set sequence_parallel=false"),
     ],

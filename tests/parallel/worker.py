@@ -49,11 +49,9 @@ from wan_core.step import WanStep  # noqa: E402
 GPU = torch.cuda.is_available()
 SMALL = Architecture(512 if GPU else 64, 160, 4, 3, text_dim=4096 if GPU else 512, freq_dim=64)
 SMALL_I2V = dataclasses.replace(SMALL, in_channels=36, image_dim=24)
-# 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad. On GPUs 4500 + 841 + 3500 + 2400: short samples would go to
-# another kernel than WAN's; again an odd sum, and half of the ranks hold nothing of the first sample.
-FOUR_SAMPLES = (
-    ("3x60x100", "1x58x58", "5x20x140", "1x80x120") if GPU else ("3x6x10", "1x6x6", "5x2x14", "1x8x12")
-)
+# 45 + 9 + 35 + 24 tokens: an odd sum, so that CP and SP pad. On GPUs 4500 + 841 + 3500 + 2400: short samples would go
+# to another kernel than WAN's; again an odd sum, and the second of two ranks holds nothing of the first sample.
+FOUR_SAMPLES = ("3x60x100", "1x58x58", "5x20x140", "1x80x120") if GPU else ("3x6x10", "1x6x6", "5x2x14", "1x8x12")
 ONE_SAMPLE = ("3x80x120",) if GPU else ("3x8x12",)  # 7200 tokens; 72
 I2V_MODEL = "i2v-model"
 
