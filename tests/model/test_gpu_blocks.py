@@ -67,3 +67,20 @@ def test_attention_and_its_gradients_whatever_kernel_is_chosen(lengths: tuple[in
     found = [out, *torch.autograd.grad(out, inputs, grad)]
     for mine, other in zip(found, [expected, *torch.autograd.grad(expected, exact, grad.double())], strict=True):
         assert float((mine.double() - other).norm() / other.norm()) <= ERROR
+
+
+def test_a_rank_that_holds_nothing_of_a_sample() -> None:
+    """As a context-parallel rank does whose part of the pack begins behind it: its text gets no gradient."""
+    torch.manual_seed(0)
+    segments = Segments((0, 2500, 1300), (512, 512, 300))
+    q, k, v = (
+        torch.randn(sum(lengths), 4, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for lengths in (segments.q_lengths, segments.k_lengths, segments.k_lengths)
+    )
+    out = packed_attention(q, k, v, segments)
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    pieces = zip(q.split(segments.q_lengths), k.split(segments.k_lengths), v.split(segments.k_lengths), strict=True)
+    expected = torch.cat([exact_attention(*(x.double() for x in piece)) for piece in pieces])
+    assert float((out.double() - expected).norm() / expected.norm()) <= ERROR
+    assert not grads[1][:512].any() and not grads[2][:512].any()
+    assert all(grad.isfinite().all() and grad[-300:].any() for grad in grads)
