@@ -99,6 +99,14 @@ def test_samples_hold_what_the_encoders_give(videos: Path, tiny_model: Path, tmp
         assert torch.equal(torch.load(record.path / name, weights_only=True), text.encode([caption])[0])
 
 
+def test_a_finished_run_takes_away_what_killed_workers_left(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    left = tmp_path / "out" / "parts" / ".0123456789ab.another-host.17-140000"
+    left.mkdir(parents=True)
+    (left / "part.tar").write_bytes(bytes(512))
+    record = stage.run(CONFIG, videos, tiny_model, tmp_path / "out")
+    assert not left.exists() and len(list(left.parent.iterdir())) == len(record.parts) == 3
+
+
 def test_bad_clips_are_quarantined_and_the_rest_completes(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     expected = add_bad_clips(videos)
     record = stage.run(CONFIG, videos, tiny_model, tmp_path / "out")

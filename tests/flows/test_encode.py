@@ -129,6 +129,7 @@ def test_the_clip_that_breaks_its_part_is_quarantined_and_the_rest_completes(
     assert found.keys() == {"poison.mp4"} and reason in found["poison.mp4"]
     members = [name for part in record.parts for name in json.loads((part / "members.json").read_text())]
     assert len(members) == 3 * 3  # .json, .pickle and .pth of each
+    assert not list((record.path / "parts").glob(".*"))
 
     monkeypatch.setattr("tasks.workers.EncodeWorker", EncodeWorker)  # a larger machine
     again = encoded(tmp_path / "work", videos, tiny_model).outcomes[0]

@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ import torch
 
 from wan_core import records
 from wan_core.config import STORED_TEXTS, EncodeConfig, check
-from wan_core.data.clips import Clip, Quarantined, scan
+from wan_core.data.clips import Clip, Quarantined, kinds, scan
 from wan_core.data.folder import Location, open_folder
 from wan_core.digests import encoder_identity
 from wan_core.encode.buckets import buckets
@@ -114,6 +113,8 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     """
     started = time.monotonic()
     dataset = plan.dataset
+    for left in (output_dir / "parts").glob(".*"):  # by workers that were killed; this run alone writes here
+        shutil.rmtree(left, ignore_errors=True)
     parts = _whole_parts(config, dataset.encoder, output_dir)
     encoded = {key: part.record.path.name for part in parts for key in part.encoded}
     faults = _faults(parts)
@@ -225,8 +226,7 @@ def _check_quarantine(config: EncodeConfig, num_clips: int, bad: list[dict[str, 
     share = len(bad) / (num_clips + len(bad))
     if num_clips and share <= config.max_quarantine_share:
         return
-    common = Counter(row["reason"].partition(":")[0] for row in bad).most_common(3)
-    top = "; ".join(f"{count} x {reason}" for reason, count in common)
+    top = "; ".join(f"{count} x {reason}" for reason, count in kinds(row["reason"] for row in bad)[:3])
     again = sum("retry" in row for row in bad)
     raise ValueError(
         f"{len(bad)} of {num_clips + len(bad)} clips are quarantined ({top}), more than "
