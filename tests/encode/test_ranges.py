@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -205,6 +206,10 @@ def test_buckets_keep_to_the_lengths_of_the_config(tmp_path: Path) -> None:
         ({"window_frames": 97}, "window_frames=97 is not between min_frames=5 and max_frames=81"),
         ({"window_stride": 8}, "window_stride=8 needs window_frames"),
         ({"scene_threshold": 9.0}, "scene_threshold=9.0 needs scene_detector"),
+        ({"fps": math.nan}, "fps=nan is not a finite number; choose 16.0"),
+        ({"fps": math.inf}, "fps=inf is not a finite number; choose 16.0"),
+        ({"max_quarantine_share": math.nan}, "max_quarantine_share=nan is not a finite number; choose 0.2"),
+        ({"fps": 0.0}, "fps=0.0 is not above 0; choose 16.0"),
     ],
 )
 def test_settings_that_cannot_work_say_so(settings: dict[str, object], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -24,6 +25,8 @@ class Range:
         return json | ({"maximum": self.high} if self.high else {}) | ({"multipleOf": self.step} if self.step else {})
 
     def fault(self, value: float) -> str | None:
+        if not abs(value) < math.inf:  # nan passes every other comparison
+            return "is not a finite number"
         if value < self.low or (self.above and value == self.low):
             return f"is not above {self.low}" if self.above else f"is below {self.low}"
         return f"is above {self.high}" if self.high is not None and value > self.high else None
