@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -52,3 +53,12 @@ def test_the_first_latent_alone_gives_the_first_frame(tiny_model: Path) -> None:
     vae, latents = load_vae(tiny_model, "float32", "cpu"), torch.randn(16, 3, 4, 6)
     whole = ((vae.decode(latents[None])[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     assert abs(card._first_frame(vae, latents).astype(int) - whole).max() <= 1  # of 255: other sums, other roundings
+
+
+def test_the_card_names_the_commonest_reasons_and_counts_the_others(tmp_path: Path) -> None:
+    rows = [{"path": "x.mp4", "reason": f"meta.jsonl, row {row}: reason {row // 3}"} for row in range(75)]
+    rows += [{"path": "y.mp4", "reason": f"caption file a|{row}.txt: a|b: c"} for row in range(1000)]
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = re.findall(r"^\| (.*) \| ([\d,]+) \|$", card.left_out(tmp_path), re.M)
+    assert table[0] == ("a\\|b", "1,000") and table[1] == ("reason 0", "3")
+    assert len(table) == 21 and table[-1] == ("6 other reasons", "18")

@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from wan_core.data.clips import Scan, scan
+from wan_core.data.clips import Scan, kinds, scan
 
 
 def make(folder: Path, files: dict[str, str]) -> Path:
@@ -27,7 +27,7 @@ def test_sidecars(tmp_path: Path) -> None:
     found = scan(make(tmp_path, {
         "a.mp4": "1", "a.txt": " eins\n",
         "sub/b.MOV": "2", "sub/b.json": '{"caption": "zwei", "start_frame": 4, "end_frame": 9}',
-        "c.webm": "3", "c.jsonl": '{"vila_caption": "drei"}\n{"caption": "ignored"}\n',
+        "c.webm": "3", "c.jsonl": '{"vila_caption": "drei"}\n',
         "d.mkv": "4", "d.json": '"vier"',
         "image.png": "5", "image.txt": "only in frames mode",
         ".hidden.mp4": "6", ".trash/e.mp4": "7", "notes.md": "8",
@@ -95,6 +95,31 @@ def test_what_cannot_be_used_has_a_reason(tmp_path: Path) -> None:
     found_reasons = reasons(found)
     assert found_reasons.keys() == expected.keys()
     assert all(part in found_reasons[name] for name, part in expected.items()), found_reasons
+
+
+def test_each_line_of_a_caption_file_is_a_clip(tmp_path: Path) -> None:
+    lines = ['{"caption": "x", "end_frame": 3}', "", '{"caption": "y", "start_frame": 4}', "{", '"whole"']
+    found = scan(make(tmp_path, {
+        "a.mp4": "1", "a.jsonl": "\n".join(lines), "b.mp4": "2", "b.jsonl": '"x"\n"y"\n', "b.txt": "x",
+        "c.mp4": "3", "c.jsonl": "\n",
+    }))  # fmt: skip
+    assert [(clip.path, clip.caption, clip.start_frame, clip.end_frame) for clip in found.clips] == [
+        ("a.mp4", "x", 0, 3), ("a.mp4", "whole", 0, None), ("a.mp4", "y", 4, None),
+    ]  # fmt: skip
+    said = reasons(found)
+    assert said["a.mp4"].startswith("caption file a.jsonl, row 3: it is not JSON: ") and len(said) == 3
+    assert said["b.mp4"] == "two captions: b.txt and b.jsonl differ; keep one"
+    assert said["c.mp4"] == "caption file c.jsonl: no caption"
+
+
+def test_reasons_are_counted_without_places_and_details(tmp_path: Path) -> None:
+    rows = "".join(f'{{"file_name": "{i}.mp4", "caption": "x"}}\n' for i in range(50))
+    sidecars = {f"{i}: b.{kind}": "1" for i in range(9) for kind in ("mp4", "json")}
+    found = scan(make(tmp_path, {"metadata.jsonl": rows, "a.mp4": "1", "a.jsonl": '"x"\n{"title": 1}\n', **sidecars}))
+    assert kinds(bad.reason for bad in found.quarantined) == [
+        ("it lists a file that does not exist", 50), ("it holds a int, not an object with a caption", 9),
+        ("no caption", 1),
+    ]  # fmt: skip
 
 
 def test_keys_follow_bytes_caption_and_range(tmp_path: Path) -> None:

@@ -26,21 +26,24 @@ class Row:
     end_frame: int | None = None
 
 
-def read_sidecar(name: str, content: bytes) -> dict[str, Any]:
-    """The fields of a .txt, .json or .jsonl beside a clip; of a .jsonl the first line.
+def read_sidecar(name: str, content: bytes) -> list[dict[str, Any] | ValueError]:
+    """The fields of what a .txt, .json or .jsonl beside a clip says, a .jsonl once per line; a `ValueError` in place of
+    what is not UTF-8, not JSON, or neither an object nor a text."""
+    if name.endswith(".jsonl"):
+        return [_fields(value) for value in _jsonl(content)] or [ValueError("no caption")]
+    try:
+        text = content.decode("utf-8-sig").strip()
+        return [{"caption": text} if name.endswith(".txt") else _fields(_parsed(text))]
+    except ValueError as error:
+        return [error]
 
-    Raises:
-        ValueError: not UTF-8, not JSON, or not an object or a text.
-    """
-    text = content.decode("utf-8-sig").strip()
-    if name.endswith(".txt"):
-        return {"caption": text}
-    value = _parsed(text.split("\n", 1)[0] if name.endswith(".jsonl") else text)
+
+def _fields(value: Any) -> dict[str, Any] | ValueError:
     if isinstance(value, str):
         return {"caption": value}
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a {type(value).__name__}, not an object with a caption")
-    return value
+    if isinstance(value, dict | ValueError):
+        return value
+    return ValueError(f"it holds a {type(value).__name__}, not an object with a caption")
 
 
 def _parsed(text: str | bytes) -> Any:

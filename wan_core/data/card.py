@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wan_core.data.catalogue import CATALOGUE_NAME
+from wan_core.data.clips import kinds
 from wan_core.data.samples import decode_member
 from wan_core.pictures import ACCENT, GREY, INK, SOFT, font, plain_axes, shortened
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CARD_NAME, HISTOGRAMS_NAME, SHEET_NAME = "card.md", "histograms.png", "contact_sheet.png"
 SHEET_CLIPS, COLUMNS, CELL = 12, 4, (300, 190)  # pixels of a picture: width, height
 CPU_PIXELS = 1 << 20  # decoded at most without a GPU, where the full VAE takes a minute per million
+REASONS = 20  # that the card lists, the most common
 SETTINGS = ("mode", "fps", "center_crop", "tiled", "vae_dtype", "text_dtype")
 
 
@@ -111,8 +113,11 @@ def left_out(folder: Path) -> str:
     rows = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     if not rows:
         return "## Left out\n\nNothing.\n"
-    reasons = Counter(row["reason"].partition(":")[0].replace("|", "\\|") for row in rows).most_common()
-    table = "\n".join(f"| {reason} | {count:,} |" for reason, count in reasons)
+    reasons = kinds(row["reason"] for row in rows)
+    shown = [(reason.replace("|", "\\|"), count) for reason, count in reasons[:REASONS]]
+    if others := reasons[REASONS:]:
+        shown.append((f"{len(others):,} other reasons", sum(count for _, count in others)))
+    table = "\n".join(f"| {reason} | {count:,} |" for reason, count in shown)
     return f"## Left out\n\n`quarantine.jsonl` lists each of {len(rows):,}.\n\n| reason | files |\n|---|--:|\n{table}\n"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -42,6 +44,16 @@ class Quarantined:
     reason: str
 
 
+# Of which row or file a reason is: a table's rows would otherwise be as many kinds of reasons.
+PLACE = re.compile(r"(meta(data)?\.\w+|caption file .*?\.(txt|jsonl?))(, row \d+)?: ", re.DOTALL)
+
+
+def kinds(reasons: Iterable[str]) -> list[tuple[str, int]]:
+    """Reasons without places and details, each with its count, the most common first."""
+    bare = (reason[found.end() :] if (found := PLACE.match(reason)) else reason for reason in reasons)
+    return Counter(reason.partition(":")[0] for reason in bare).most_common()
+
+
 @dataclass(frozen=True)
 class Scan:
     clips: tuple[Clip, ...]  # in path order, keys are unique
@@ -53,7 +65,7 @@ def scan(videos: Location, mode: Literal["video", "frames"] = "video") -> Scan:
 
     Captions come from one `meta.json` (.jsonl, .csv, .parquet; or `metadata.*`) in the folder itself, with the fields
     file_name, caption and optionally start_frame, end_frame (inclusive); a file that it does not list has its caption
-    in a .txt, .json or .jsonl of the same name beside it. Where two of these give it different ones, it is set aside.
+    in a .txt, .json or .jsonl (a row per line) of the same name beside it. Where two of these differ, it is set aside.
 
     Raises:
         ValueError: the folder does not exist, holds no clip, or its meta file cannot be read.
@@ -146,24 +158,31 @@ def _sidecar_rows(
             quarantined.append(Quarantined(file.name, reason))
     contents = folder.read([name for _, names in found for name in names])
     for file, names in found:
-        read = {name.rpartition("/")[2]: _sidecar_row(file, name, next(contents)) for name in names}
-        (first, row), *others = read.items()
-        other = next((name for name, value in others if isinstance(value, Row) and value != row), None)
-        if isinstance(row, ValueError):
-            quarantined.append(Quarantined(file.name, f"caption file {first}: {row}"))
-        elif other is not None:
-            quarantined.append(Quarantined(file.name, f"two captions: {first} and {other} differ; keep one"))
+        read = {name.rpartition("/")[2]: _sidecar(file, name, next(contents)) for name in names}
+        (first, (own, faults)), *others = read.items()
+        other = next((name for name, (theirs, _) in others if own and theirs and theirs != own), None)
+        if other is None:
+            quarantined += [Quarantined(file.name, fault) for fault in faults]
+            yield from own
         else:
-            yield row
+            quarantined.append(Quarantined(file.name, f"two captions: {first} and {other} differ; keep one"))
 
 
-def _sidecar_row(file: File, name: str, content: bytes | OSError) -> Row | ValueError:
+def _sidecar(file: File, name: str, content: bytes | OSError) -> tuple[list[Row], list[str]]:
+    """What a caption file says of a file, and why not more."""
+    where = f"caption file {name.rpartition('/')[2]}"
     if isinstance(content, OSError):
-        return ValueError(f"it cannot be read: {content.strerror or content}")
-    try:
-        return row_of(file, read_sidecar(name, content))
-    except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
-        return error
+        return [], [f"{where}: it cannot be read: {content.strerror or content}"]
+    rows, faults = list[Row](), list[str]()
+    values = read_sidecar(name, content)
+    for number, fields in enumerate(values, start=1):
+        try:
+            if isinstance(fields, ValueError):
+                raise fields
+            rows.append(row_of(file, fields))
+        except ValueError as error:
+            faults.append(f"{where}{f', row {number}' if len(values) > 1 else ''}: {error}")
+    return rows, faults
 
 
 def _identified(folder: Folder, rows: list[Row], quarantined: list[Quarantined]) -> Scan:
