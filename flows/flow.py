@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from prefect import flow
 from prefect.flows import Flow
 
 from flows.parameters import PARAMETERS
+from flows.secrets import load_secrets
 
 
 def wan_flow[**P, R](
@@ -20,7 +22,17 @@ def wan_flow[**P, R](
     def decorate(function: Callable[P, R]) -> Flow[P, R]:
         lines = [f"    {parameter}: {texts[parameter]}" for parameter in inspect.signature(function).parameters]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", *lines])
-        made: Any = flow(name=name, flow_run_name=run_name)(function)
+
+        @functools.wraps(function)
+        def with_secrets(*args: P.args, **kwargs: P.kwargs) -> R:
+            load_secrets()
+            return function(*args, **kwargs)
+
+        made: Any = with_secrets
+        made.__signature__ = inspect.signature(
+            function, eval_str=True
+        )  # Prefect would look up its names in this module
+        made = flow(name=name, flow_run_name=run_name)(made)
         return made
 
     return decorate
