@@ -3,7 +3,8 @@
     python -m benchmarks.orchestration stages 20
     python -m benchmarks.orchestration parts 1000 2000 5000 10000
 
-One JSON line per measurement. Seconds of CPU are steadier than seconds of wall time on a machine that others use.
+One JSON line per measurement. Seconds of CPU are steadier than seconds of wall time on a machine that others use. With
+PREFECT_API_URL the server is that one, whose CPU, memory and database are not to be seen from here and left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +31,26 @@ def usage(process: psutil.Process) -> tuple[float, float]:
     return times.user + times.system, process.memory_info().rss / 2**20
 
 
-def server_process() -> psutil.Process:
-    found = [child for child in psutil.Process().children(recursive=True) if "uvicorn" in " ".join(child.cmdline())]
-    return found[0]
+def server_process() -> psutil.Process | None:
+    """The server that `prefect_api` started; None where PREFECT_API_URL names another."""
+    children = psutil.Process().children(recursive=True)
+    return next((child for child in children if "uvicorn" in " ".join(child.cmdline())), None)
 
 
 def completed() -> int:
     """Task runs that the server knows to have completed: it works off a queue of events."""
-    wanted = json.dumps({"task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}).encode()
-    url, header = f"{os.environ['PREFECT_API_URL']}/task_runs/count", {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(url, wanted, header), timeout=600) as answer:
-        return int(answer.read())
+    from prefect.client.orchestration import get_client
+
+    wanted = {"task_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+    with get_client(sync_client=True) as client:
+        return int(client.request("POST", "/task_runs/count", json=wanted, timeout=600).json())
 
 
 def measured(name: str, count: int, work: Any, task_runs: int) -> None:
     """Run `work` and print what it cost this process and the server, per item."""
     here, server = psutil.Process(), server_process()
     known_before = completed()
-    before, server_before, begun = usage(here), usage(server), time.monotonic()
+    before, server_before, begun = usage(here), usage(server) if server else (0.0, 0.0), time.monotonic()
     work()
     seconds, after = time.monotonic() - begun, usage(here)
     known, changed = completed() - known_before, time.monotonic()
@@ -56,15 +58,19 @@ def measured(name: str, count: int, work: Any, task_runs: int) -> None:
         time.sleep(1)
         if (now := completed() - known_before) != known:
             known, changed = now, time.monotonic()
-    database = sum(path.stat().st_size for path in Path(os.environ["PREFECT_HOME"]).glob("prefect.db*"))
     row = {
         "what": name, "count": count, "wall_ms_each": round(1e3 * seconds / count, 1),
         "flow_cpu_ms_each": round(1e3 * (after[0] - before[0]) / count, 2),
-        "server_cpu_ms_each": round(1e3 * (usage(server)[0] - server_before[0]) / count, 2),
         "flow_mib": round(after[1]), "flow_mib_grown": round(after[1] - before[1], 1),
-        "server_knows": known, "server_seconds": round(changed - begun, 1), "server_mib": round(usage(server)[1]),
-        "database_mib": round(database / 2**20, 1),
+        "server_knows": known, "server_seconds": round(changed - begun, 1),
     }  # fmt: skip
+    if server:
+        server_after = usage(server)
+        database = sum(path.stat().st_size for path in Path(os.environ["PREFECT_HOME"]).glob("prefect.db*"))
+        row |= {
+            "server_cpu_ms_each": round(1e3 * (server_after[0] - server_before[0]) / count, 2),
+            "server_mib": round(server_after[1]), "database_mib": round(database / 2**20, 1),
+        }  # fmt: skip
     print(json.dumps(row), flush=True)
 
 
