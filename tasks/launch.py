@@ -22,6 +22,7 @@ from tasks.nodes import LocalNode, Node, ray_nodes
 from wan_core.config import LaunchConfig
 
 POLL_SECONDS = 0.5
+SIGNALLED = 128  # srun's status of a program that a signal killed is this plus the signal
 SHOWN_LINES = 15  # of the failing rank, in the error
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+) \(local_rank: \d+\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
 MARKED = r"^(?:\d+: )?"  # srun --label puts the task's number before a line
@@ -31,6 +32,8 @@ EXCEPTION = re.compile(r"^(?:[\w]+\.)*(\w*(?:Error|Exception|Interrupt|Exit))\b(
 INTERRUPTED = re.compile(
     r"interrupted, (saved at iteration \d+|nothing saved)"
 )  # what a rank says that was asked to stop
+# torchruns that did not meet: a port was taken meanwhile, a node came late or left.
+NOT_MET = re.compile(r"\b(?:Rendezvous|DistNetwork|DistStore)\w*Error\b")
 REFUSED = re.compile(r"wan_core\.train: (.+)")  # what it says of input that cannot make a run
 # Exceptions of a rank that come back with the next attempt; others (a lost peer, a file system) may pass.
 FINAL = {
@@ -157,7 +160,9 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
     if cause is None:
         lines = [line for line in tail if line.strip()][-SHOWN_LINES:]
         shown = "\n".join(f"  | {line}" for line in lines)
-        return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=status < 0)
+        killed = status < 0 or status > SIGNALLED
+        retry = killed or NOT_MET.search(text) is not None
+        return LaunchError(f"torchrun on node {node} ended with {status}, see {log_dir}\n{shown}", retry=retry)
     rank, exitcode = (int(group) for group in cause.groups())
     if labelled := re.search(rf"^(\d+): \[rank{rank}\]:", text, re.MULTILINE):  # by srun, which is one for all nodes
         node = int(labelled[1])

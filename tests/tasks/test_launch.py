@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -117,6 +118,24 @@ def test_what_the_trainer_refuses_is_not_retried(on_path: Path) -> None:
     name = program(on_path, "sys.exit('wan_core.train: dataset.path=x does not exist')")
     with pytest.raises(ValueError, match=r"^dataset\.path=x does not exist \(logs in "):
         launch(LaunchConfig(), [name], on_path / "logs")
+
+
+def test_a_port_that_was_taken_meanwhile_is_retried(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        meeting = rendezvous("attempt", "127.0.0.1", taken.getsockname()[1], 1, "127.0.0.1")
+        monkeypatch.setattr("tasks.launch.rendezvous", lambda *_: meeting)
+        with pytest.raises(LaunchError, match="Rendezvous") as caught:
+            launch(LaunchConfig(), [program(on_path, "pass")], on_path / "logs")
+    assert caught.value.retry
+
+
+def test_a_command_that_torchrun_refuses_is_not_retried(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.launch.rendezvous", lambda *_: ["--no-such-option"])
+    with pytest.raises(LaunchError, match="torchrun on node 0 ended with 2") as caught:
+        launch(LaunchConfig(), ["never"], on_path / "logs")
+    assert not caught.value.retry
 
 
 def test_interrupt_leaves_no_process(on_path: Path) -> None:

@@ -38,7 +38,7 @@ for task in tasks:
     task.terminate()
 for reader in readers:
     reader.join()
-sys.exit(max((abs(task.wait()) for task in tasks)))
+sys.exit(max(128 - status if status < 0 else status for status in (task.wait() for task in tasks)))
 """
 
 
@@ -78,6 +78,14 @@ def test_a_rank_of_another_node_fails(allocation: Path) -> None:
     with pytest.raises(LaunchError, match=r"rank 1 on node \d ended with exit code 1") as caught:
         launch(config, [program(allocation, body)], allocation / "logs")
     assert "OSError: node two has no such file" in str(caught.value) and caught.value.retry
+
+
+def test_a_killed_torchrun_is_retried(allocation: Path) -> None:
+    """srun says so by its status alone."""
+    name = program(allocation, "if rank == 0: os.kill(os.getppid(), 9)\ntime.sleep(60)")
+    with pytest.raises(LaunchError, match="torchrun on node 0 ended with 137") as caught:
+        launch(LaunchConfig(launcher="slurm", nodes=2), [name], allocation / "logs")
+    assert caught.value.retry
 
 
 def test_an_allocation_that_is_too_small_is_refused(allocation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
