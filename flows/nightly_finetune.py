@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import prefect.runtime.flow_run
 from prefect.states import Completed, State
 
 from flows.flow import wan_flow
@@ -14,7 +15,7 @@ from tasks.artifacts import publish_validation
 from tasks.convert import convert
 from tasks.encode import encode
 from tasks.index import index
-from tasks.promoted import Promoted, load_promoted, now, save_promoted
+from tasks.promoted import decide, load_promoted, save_promoted
 from tasks.sample import sample
 from tasks.shard import shard
 from tasks.stage import Outcome, Workspace
@@ -35,23 +36,21 @@ def nightly_finetune(config: PipelineConfig, videos: str, model: Path, workspace
     encoded = encode(run, config.encode, config.ray, videos, model)
     sharded = shard(run, config.shard, encoded)
     indexed = index(run, config.index, sharded, model)
-    if good and good.dataset == indexed.fingerprint:
+    this_night = str(prefect.runtime.flow_run.id)
+    if good is None or good.dataset != indexed.fingerprint:
+        start = good.model if good else model
+        before = validate(start, indexed)
+        trained = train(run, replace(config.train, mode="finetune"), indexed, start, config.launch, config.ray)
+        candidate = convert(run, config.convert, trained, start).path
+        after = validate(candidate, indexed)
+        publish_validation(start, before, candidate, after)
+        good = decide(good, indexed.fingerprint, this_night, (start, before.loss), (candidate, after.loss))
+        save_promoted(run.root, config.name, good)
+    elif good.flow_run != this_night:  # else this is a later attempt, which goes on from the decision
         return Completed(name="Skipped", message=f"no new clips below {videos}")
-    start = good.model if good else model
-    before = validate(start, indexed)
-    trained = train(run, replace(config.train, mode="finetune"), indexed, start, config.launch, config.ray)
-    converted = convert(run, config.convert, trained, start)
-    after = validate(converted.path, indexed)
-    better = after.loss < before.loss
-    if better:
-        good = Promoted(converted.path, indexed.fingerprint, after.loss, now())
-    else:
-        good = Promoted(start, indexed.fingerprint, before.loss, good.changed if good else now())
-    save_promoted(run.root, config.name, good)
-    publish_validation(start, before, converted.path, after)
     if config.sample.prompts:  # last: a promotion does not hang on it
-        sample(run, config.sample, converted)
-    name = "Promoted" if better else "NotPromoted"
+        sample(run, config.sample, good.candidate)
     return Completed(
-        name=name, message=f"validation loss {before.loss:.4f} -> {after.loss:.4f}; {good.model} is in use"
+        name="Promoted" if good.better else "NotPromoted",
+        message=f"validation loss {good.start_loss:.4f} -> {good.candidate_loss:.4f}; {good.model} is in use",
     )
