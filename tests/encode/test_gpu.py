@@ -31,7 +31,7 @@ def test_first_frames_on_a_gpu(tiny_i2v_model: Path, precision: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "error"), [("float16", 2e-5), ("bfloat16", 0)])
+@pytest.mark.parametrize(("precision", "error"), [("float16", 2e-5), ("bfloat16", 2e-3)])
 @pytest.mark.parametrize("shape", [(1, 96, 128), (9, 64, 96)])
 def test_a_batch_gives_what_each_clip_by_itself_does(shape: Shape, precision: str, error: float) -> None:
     torch.manual_seed(0)
