@@ -78,6 +78,28 @@ def test_other_architectures_are_refused() -> None:
         Vae(make_vae(**PUBLISHED, is_residual=True), "bfloat16")
 
 
+def test_sizes_beyond_the_kernels_offsets_are_refused_and_no_others() -> None:
+    """Five frames and two of the past, 96 channels, one or two terms, below 2^31 elements."""
+    with torch.device("meta"):
+        model = AutoencoderKLWan()
+    for precision, size, frames, works in (
+        ("float16x3", (1088, 1920), 81, False), ("float16x3", (1088, 1920), 1, True),
+        ("float16x3", (720, 1280), 81, True), ("float16", (1088, 1920), 81, True), ("float16", (1440, 2560), 81, False),
+        ("bfloat16", (1440, 2560), 5, False), ("bfloat16", (1440, 2560), 1, True),
+        ("float32", (4320, 7680), 81, True),
+    ):  # fmt: skip
+        vae, terms = Vae(model, precision), 2 if precision == "float16x3" else 1
+        if vae.fast:
+            padded = terms * (2 + min(frames, 5)) * (size[0] + 2) * (size[1] + 2) * 96
+            assert works == (padded < 2**31)
+        if works:
+            vae.check_shape((frames, *size))
+            continue
+        words = f"size {size[0]}x{size[1]} is too large for vae_dtype={precision}, .*; choose vae_dtype=float32"
+        with pytest.raises(ValueError, match=words):
+            vae.check_shape((frames, *size))
+
+
 # On a GPU, at the published widths.
 
 
@@ -87,14 +109,15 @@ def test_other_architectures_are_refused() -> None:
     [("bfloat16", 1, 3e-3), ("float16", 1, 4e-4), ("float16", 2, 1e-4)],
 )
 @pytest.mark.parametrize(("channels", "outputs"), [(8, 96), (96, 192), (384, 384)])
-def test_convolution_of_the_gpu(dtype: str, terms: int, error: float, channels: int, outputs: int) -> None:
+@pytest.mark.parametrize("rows", [0, 128])  # 128: what cards of less shared memory take
+def test_convolution_of_the_gpu(dtype: str, terms: int, error: float, channels: int, outputs: int, rows: int) -> None:
     from wan_core.encode.vae_kernels import conv3, conv_table
 
     torch.manual_seed(0)
     product, partial = getattr(torch, dtype), torch.float32 if terms == 2 else getattr(torch, dtype)
     padded, weight = torch.randn(2, 5, 11, 23, channels).cuda(), torch.randn(outputs, channels, 3, 3, 3).cuda()
     table = conv_table(weight, product, terms)
-    found = conv3(torch.stack(halved(padded, product, terms)), table, partial)
+    found = conv3(torch.stack(halved(padded, product, terms)), table, partial, rows)
     if terms == 1:  # the operands' rounding is not the kernel's
         padded, weight = padded.to(product), weight.to(product)
     reference = F.conv3d(padded.cpu().double().permute(0, 4, 1, 2, 3), weight.cpu().double()).permute(0, 2, 3, 4, 1)

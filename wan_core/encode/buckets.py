@@ -55,6 +55,13 @@ def buckets(config: EncodeConfig) -> tuple[Bucket, ...]:
     return found
 
 
+def largest_shapes(config: EncodeConfig) -> list[tuple[int, Size]]:
+    """Frames at most of each size that clips can have."""
+    if config.tokens_per_sample:
+        return [(bucket.frames, bucket.size) for bucket in buckets(config)]
+    return [(1 if config.mode == "frames" else config.max_frames, size) for size in config.sizes]
+
+
 def size_of(area: int, aspect: tuple[int, int]) -> Size:
     """The largest size of at most this area in pixels whose aspect ratio is within a tenth of (width, height)."""
     patches, ratio = area // SIZE_MULTIPLE**2, max(aspect) / min(aspect)

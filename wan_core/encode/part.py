@@ -20,6 +20,7 @@ from wan_core.data.clips import Clip
 from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity, sees_images
+from wan_core.encode.buckets import largest_shapes
 from wan_core.encode.decode import ClipError
 from wan_core.encode.feed import ahead, batched, fetching, one_behind, pinned
 from wan_core.encode.image import ImageEncoder, load_image_encoder
@@ -62,8 +63,14 @@ def halves(part: Part) -> tuple[Part, Part]:
 
 
 def load_encoders(config: EncodeConfig, model: Path, device: torch.device | str) -> Encoders:
-    """Load a model's encoders onto a device: once per worker process."""
+    """Load a model's encoders onto a device: once per worker process.
+
+    Raises:
+        ValueError: `vae_dtype` cannot encode one of the sizes.
+    """
     vae = load_vae(model, config.vae_dtype, device)
+    for frames, size in largest_shapes(config):
+        vae.check_shape((frames, size.height, size.width))
     text = load_text_encoder(model, getattr(torch, config.text_dtype), device)
     image = load_image_encoder(model, device) if sees_images(model) else None
     return Encoders(vae, text, image, encoder_identity(model))

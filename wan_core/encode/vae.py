@@ -74,6 +74,14 @@ class Vae:
         padded = (frames + 2) * (height + 2) * (width + 2) * PUBLISHED_WIDTH
         return min(max(MAX_ELEMENTS // padded, 1), MAX_BATCH)
 
+    def check_shape(self, shape: Shape) -> None:
+        """Raise `ValueError` if clips of this shape are too large for the kernels."""
+        if self.fast and self.model.device.type != "cpu" and not self.fast.fits(*shape):
+            raise ValueError(
+                f"size {shape[1]}x{shape[2]} is too large for vae_dtype={self.precision}, whose kernels count elements "
+                "in 32 bits; choose vae_dtype=float32, or a smaller size"
+            )
+
     def stacked(self, clips: Sequence[Tensor]) -> Tensor:
         """Clips uint8 [T, H, W, 3] of one shape as one video [B, 3, T, H, W] on the VAE's device."""
         return torch.stack([clip.to(self.model.device, non_blocking=True) for clip in clips]).permute(0, 4, 1, 2, 3)

@@ -25,7 +25,8 @@ from wan_core.config import VAE_TEMPORAL_STRIDE
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
     from diffusers import AutoencoderKLWan
 
-MAX_ELEMENTS = 3 << 28  # of the largest activation: 18 frames of 480x832; kernels count elements in 32 bits
+MAX_ELEMENTS = 3 << 28  # of the largest activation, where chunks can be so short: 18 frames of 480x832
+MAX_OFFSET = 1 << 31  # kernels count elements in 32 bits
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,22 @@ class FastEncoder:
     def _chunks(self, video: Tensor) -> list[tuple[int, int]]:
         """Bounds of chunks of 1 + 4n, 4n, 4n... frames that keep activations below MAX_ELEMENTS."""
         batch, length, height, width, _ = video.shape
-        patch = self.model.config.patch_size or 1
-        frame = batch * (height // patch + 2) * (width // patch + 2) * self.model.config.base_dim
-        step = max((MAX_ELEMENTS // frame - 3) // VAE_TEMPORAL_STRIDE, 1) * VAE_TEMPORAL_STRIDE
+        step = (
+            max((MAX_ELEMENTS // (batch * self._frame(height, width)) - 3) // VAE_TEMPORAL_STRIDE, 1)
+            * VAE_TEMPORAL_STRIDE
+        )
         starts = [0, *range(1 + step, length, step)]
         return list(zip(starts, [*starts[1:], length], strict=True))
+
+    def _frame(self, height: int, width: int) -> int:
+        """Elements of a frame of the largest activation, with its border."""
+        patch = self.model.config.patch_size or 1
+        return (height // patch + 2) * (width // patch + 2) * self.model.config.base_dim
+
+    def fits(self, length: int, height: int, width: int) -> bool:
+        """Whether the shortest first chunk of a clip, with its past, is within reach of the kernels' offsets."""
+        frames = 2 + min(length, 1 + VAE_TEMPORAL_STRIDE)
+        return self.terms["down_blocks.0.conv1"] * frames * self._frame(height, width) < MAX_OFFSET
 
     def _chunk(self, frames: Tensor, past: Past) -> Tensor:
         encoder = self.model.encoder

@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wan_core.encode.vae_encoder import MAX_OFFSET
+
 PADDED_ELEMENTS = 8192  # per program
+SHARED_256 = 128 << 10  # bytes that a tile of 256 rows needs; cards of 8.6, 8.9 and 12.0 have 99 KiB, one of 128 80
 
 
 @triton.jit
@@ -69,7 +74,7 @@ def write_padded(
     batch, length, height, width, channels = x.shape
     terms, _, frames, lines, pixels, _ = padded.shape
     assert x.stride(-1) == 1 and padded.is_contiguous() and (residual is None or residual.stride(-1) == 1)
-    assert padded.numel() < 2**31, f"padded {tuple(padded.shape)} has too many elements for 32-bit offsets"
+    assert padded.numel() < MAX_OFFSET, f"padded {tuple(padded.shape)} has too many elements for 32-bit offsets"
     rows = batch * length * lines * pixels
     block = triton.next_power_of_2(channels)
     per_program = max(PADDED_ELEMENTS // block, 1)
@@ -117,6 +122,14 @@ def step_of(channels: int) -> int:
     return 32 if channels < 32 else 64
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of one block at most; the interpreter has what it needs."""
+    if device.type == "cpu":
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 def conv3(padded: Tensor, table: Tensor, out_dtype: torch.dtype, m: int = 0, warps: int = 8, stages: int = 3) -> Tensor:
     """A 3x3x3 convolution as nine matrix products of shifted rows, a row being three neighbouring pixels.
 
@@ -132,7 +145,7 @@ def conv3(padded: Tensor, table: Tensor, out_dtype: torch.dtype, m: int = 0, war
     terms, batch, frames, lines, pixels, channels = padded.shape
     outputs, rows_in, rows_out = table.shape[0], frames * lines * pixels, (frames - 2) * lines * pixels
     k, n = step_of(channels), 128 if table.shape[0] % 192 == 0 else 64
-    m = m or (256 if n == 128 else 128)
+    m = m or (256 if n == 128 and shared_memory(padded.device) >= SHARED_256 else 128)
     # The last two rows would reach past the end; they are border.
     rows = TensorDescriptor(padded, [terms * batch * rows_in - 2, 3 * channels], [channels, 1], [m, k])
     tiles = triton.cdiv(rows_out, m)
