@@ -18,7 +18,7 @@ import tasks.shard
 import tasks.train
 from flows.flow import wan_flow
 from flows.inputs import check_training, checked_model, checked_videos, given_or_newest
-from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS
+from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS, Name
 from tasks.stage import Outcome, Workspace
 from wan_core.config import (
     ConvertConfig,
@@ -38,7 +38,7 @@ stage_flow = partial(wan_flow, run_name="{name}", texts=STAGE_PARAMETERS)
 
 @stage_flow("encode")
 def encode(
-    config: EncodeConfig, ray: RayConfig, name: str, videos: str, model: Path, workspace: Path, refresh: bool = False
+    config: EncodeConfig, ray: RayConfig, name: Name, videos: str, model: Path, workspace: Path, refresh: bool = False
 ) -> list[Outcome]:
     """Clips and captions to latents and text embeddings."""
     run = Workspace(workspace, name, "encode" if refresh else None)
@@ -48,7 +48,7 @@ def encode(
 
 @stage_flow("shard")
 def shard(
-    config: ShardConfig, name: str, workspace: Path, encoded: Path | None = None, refresh: bool = False
+    config: ShardConfig, name: Name, workspace: Path, encoded: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
     """Encoded parts to shuffled WebDataset shards."""
     run = Workspace(workspace, name, "shard" if refresh else None)
@@ -58,7 +58,7 @@ def shard(
 
 @stage_flow("index")
 def index(
-    config: IndexConfig, name: str, workspace: Path, sharded: Path | None = None, refresh: bool = False
+    config: IndexConfig, name: Name, workspace: Path, sharded: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
     """Energon metadata beside the shards."""
     run = Workspace(workspace, name, "index" if refresh else None)
@@ -71,7 +71,7 @@ def train(
     config: TrainConfig,
     launch: LaunchConfig,
     ray: RayConfig,
-    name: str,
+    name: Name,
     model: Path,
     workspace: Path,
     dataset: Path | None = None,
@@ -87,7 +87,7 @@ def train(
 
 @stage_flow("convert")
 def convert(
-    config: ConvertConfig, name: str, model: Path, workspace: Path, trained: Path | None = None, refresh: bool = False
+    config: ConvertConfig, name: Name, model: Path, workspace: Path, trained: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
     """Megatron checkpoint to a Diffusers folder."""
     run, model = Workspace(workspace, name, "convert" if refresh else None), checked_model(model)
@@ -97,7 +97,7 @@ def convert(
 
 @stage_flow("sample", texts=SAMPLE_PARAMETERS)
 def sample(
-    config: SampleConfig, name: str, workspace: Path, model: Path | None = None, refresh: bool = False
+    config: SampleConfig, name: Name, workspace: Path, model: Path | None = None, refresh: bool = False
 ) -> list[Outcome]:
     """Videos from prompts."""
     run = Workspace(workspace, name, "sample" if refresh else None)
@@ -109,7 +109,7 @@ def sample(
 @stage_flow("evaluate")
 def evaluate(
     config: EvaluateConfig,
-    name: str,
+    name: Name,
     workspace: Path,
     sampled: Path | None = None,
     trained: Path | None = None,

@@ -18,7 +18,7 @@ from prefect.utilities.annotations import quote
 from tasks import progress
 from tasks.errors import may_be_one_clips_doing, retrying_helps
 from tasks.progress import Progress
-from tasks.stage import Target, Workspace, begun_before, move_aside, stage_task
+from tasks.stage import Target, Workspace, begin_anew, stage_task
 from tasks.workers import EncodePool, ray_session
 from wan_core.config import EncodeConfig, RayConfig
 from wan_core.data.folder import Location
@@ -143,8 +143,8 @@ def encode(workspace: Workspace, config: EncodeConfig, ray: RayConfig, videos: L
     started = time.monotonic()
     progress.watcher.started("encode", folder)
     with workspace.alone(target):
-        if target.refresh and not begun_before():
-            move_aside(folder)
+        if target.refresh:
+            begin_anew(folder)
         plan = stage.plan(config, dataset, folder)
         if plan.parts:
             encode_parts(plan, config, ray, videos, model, folder)

@@ -14,11 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import prefect.runtime.flow_run
+from prefect import get_run_logger
+
 POLL_SECONDS = 0.1
+SAY_SECONDS = 5.0  # after which a run says that it waits
 
 
 class FileLocks:
-    """Prefect's `LockManager` protocol over one lock file per key below `folder`.
+    """Prefect's `LockManager` protocol over one lock file per key below `folder`. Keys are paths in an output folder.
 
     A lock belongs to an open file, so two threads of one process exclude each other like two processes do.
     """
@@ -28,11 +32,13 @@ class FileLocks:
         self._held: dict[tuple[str, str], int] = {}
         self._guard = threading.Lock()
 
+    def _path(self, key: str) -> Path:
+        return self.folder / (hashlib.sha256(key.encode()).hexdigest()[:32] + ".lock")
+
     def _try_lock(self, key: str) -> int | None:
         """An open, locked file descriptor, or None while somebody else holds the lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(key.encode()).hexdigest()[:32] + ".lock"
-        descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self._path(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -41,10 +47,14 @@ class FileLocks:
         return descriptor
 
     def _lock(self, key: str, timeout: float | None) -> int | None:
-        end = None if timeout is None else time.monotonic() + timeout
+        started, said = time.monotonic(), False
         while (descriptor := self._try_lock(key)) is None:
-            if end is not None and time.monotonic() >= end:
+            waited = time.monotonic() - started
+            if timeout is not None and waited >= timeout:
                 return None
+            if waited >= SAY_SECONDS and not said:
+                said, holder = True, self._path(key).read_text()
+                get_run_logger().info("Waits for another run that works on %s: flow run %s", Path(key).parent, holder)
             time.sleep(POLL_SECONDS)
         return descriptor
 
@@ -56,6 +66,8 @@ class FileLocks:
         descriptor = self._lock(key, acquire_timeout)
         if descriptor is None:
             return False
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(prefect.runtime.flow_run.id).encode())  # for those who wait
         with self._guard:
             self._held[key, holder] = descriptor
         return True

@@ -28,9 +28,9 @@ from prefect.transactions import IsolationLevel
 from tasks import progress
 from tasks.artifacts import publish
 from tasks.errors import retrying_helps
-from tasks.layout import REPLACED, RUN_FOLDER, stage_folder
+from tasks.layout import REFRESHED_BY, REPLACED, RUN_FOLDER, stage_folder
 from tasks.locks import FileLocks
-from wan_core.config import STAGES, Stage, check
+from wan_core.config import STAGES, PipelineConfig, Stage, check
 from wan_core.records import RECORD_NAME, Record, digest, find_record
 
 R = TypeVar("R", bound=Record)
@@ -72,27 +72,35 @@ def _run_name() -> str:
     return f"{prefect.runtime.task_run.task_name}/{prefect.runtime.task_run.parameters['target'].folder.name}"
 
 
-def begun_before() -> bool:
-    """Whether this is a later attempt of its task or its flow run, which a scheduler may have started anew."""
-    return prefect.runtime.task_run.run_count > 1 or prefect.runtime.flow_run.run_count > 1
+def refreshed(folder: Path) -> bool:
+    """Whether this flow run refreshed the folder already: an earlier attempt of it, for it may be started anew."""
+    marker = folder / REFRESHED_BY
+    return marker.is_file() and marker.read_text() == prefect.runtime.flow_run.id
 
 
-def move_aside(folder: Path) -> None:
-    """Take what took long to make out of the way of its successor; nobody but the user deletes it."""
+def mark_refreshed(folder: Path) -> None:
+    (folder / REFRESHED_BY).write_text(str(prefect.runtime.flow_run.id))
+
+
+def begin_anew(folder: Path) -> None:
+    """Once per flow run, take what took long to make out of the way of its successor; nobody but the user deletes it.
+    Later attempts go on with what the first one did.
+    """
+    if refreshed(folder):
+        return
     if folder.exists():
         aside = folder.with_name(f"{folder.name}{REPLACED}{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         get_run_logger().info("The earlier output was moved to %s", aside)
+    folder.mkdir(parents=True)
+    mark_refreshed(folder)
 
 
 @contextlib.contextmanager
 def made_again(folder: Path) -> Iterator[None]:
-    """An old output is not found meanwhile, and is there again if its successor fails. A training run is moved aside
-    by the first attempt, and the others go on with what that one did.
-    """
+    """An old output is not found meanwhile, and is there again if its successor fails; a training run is put aside."""
     if folder.parent.name == RUN_FOLDER:
-        if not begun_before():
-            move_aside(folder)
+        begin_anew(folder)
         yield
         return
     record, hidden = folder / RECORD_NAME, folder / f".{RECORD_NAME}{REPLACED}"
@@ -104,6 +112,7 @@ def made_again(folder: Path) -> Iterator[None]:
         if hidden.exists() and not record.exists():
             hidden.rename(record)
         raise
+    mark_refreshed(folder)
 
 
 def stage_task(stage: Stage, retries: int = 2) -> Callable[[Callable[..., R]], Task[..., R]]:
@@ -146,6 +155,7 @@ class Workspace:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        PipelineConfig(name=self.name)  # checks it
         check(not self.root.is_file(), f"workspace={self.root} is a file; give a folder")
         check(
             self.refresh is None or self.refresh in STAGES,
@@ -161,7 +171,8 @@ class Workspace:
         return stage_folder(self.root, stage) / f"{self.name}-{fingerprint[:8]}"
 
     def target(self, stage: Stage, kind: type[R], fingerprint: str, folder: Path | None = None) -> Target[R]:
-        return Target(kind, folder or self.folder(stage, fingerprint), fingerprint, self.refreshes(stage))
+        folder = folder or self.folder(stage, fingerprint)
+        return Target(kind, folder, fingerprint, self.refreshes(stage) and not refreshed(folder))
 
     @cached_property
     def cache_policy(self) -> CachePolicy:
@@ -173,7 +184,7 @@ class Workspace:
     @contextlib.contextmanager
     def alone(self, target: Target[Any]) -> Iterator[None]:
         """Wait until no other run works on this output, and keep others waiting."""
-        locks, key, holder = FileLocks(self.root / ".locks"), f"alone {target.folder}", f"{os.getpid()}-{id(target)}"
+        locks, key, holder = FileLocks(self.root / ".locks"), f"{target.folder}/alone", f"{os.getpid()}-{id(target)}"
         locks.acquire_lock(key, holder)
         try:
             yield

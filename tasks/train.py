@@ -109,6 +109,9 @@ def train(
 
     folder, wanted = fingerprints(config, dataset.path, model)
     target = workspace.target("train", TrainRecord, wanted, workspace.folder("train", folder))
-    return workspace.make(
-        train_task, target, config=config, dataset=dataset.path, model=model, launch_config=launch, ray_config=ray
-    )
+    found = target.find() and not target.refresh
+    # Runs that differ in what resuming may change, as train_iters, share the folder but no key of Prefect's lock.
+    with contextlib.nullcontext() if found else workspace.alone(target):
+        return workspace.make(
+            train_task, target, config=config, dataset=dataset.path, model=model, launch_config=launch, ray_config=ray
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import threading
 import time
@@ -10,9 +12,12 @@ from pathlib import Path
 import pytest
 from prefect import flow
 
+import tasks.train
+from flows.stages import shard as shard_flow
 from tasks.errors import LaunchError
-from tasks.stage import Target, Workspace, made_again, stage_task
-from wan_core.config import ConvertConfig, IndexConfig, ShardConfig, Stage
+from tasks.layout import newest
+from tasks.stage import Target, Workspace, begin_anew, made_again, stage_task
+from wan_core.config import ConvertConfig, IndexConfig, LaunchConfig, RayConfig, ShardConfig, Stage, TrainConfig
 from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record, writing
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -104,7 +109,7 @@ def test_a_refresh_moves_a_training_aside_once(tmp_path: Path) -> None:
     @flow(retries=1)
     def train() -> None:
         with made_again(folder):
-            found.append([path.name for path in folder.glob("*")])
+            found.append([path.name for path in folder.glob("[!.]*")])
             folder.mkdir(exist_ok=True)
             (folder / "new").touch()
             if len(found) == 1:
@@ -114,6 +119,40 @@ def test_a_refresh_moves_a_training_aside_once(tmp_path: Path) -> None:
     assert found == [[], ["new"]]
     (aside,) = (path for path in folder.parent.iterdir() if path != folder)
     assert [path.name for path in aside.iterdir()] == ["old"]
+
+
+def test_a_refresh_that_never_reached_a_folder_reaches_it_when_the_run_is_started_again(tmp_path: Path) -> None:
+    """What the first attempt made is not made once more; what it did not come to is put aside now."""
+    work(tmp_path)
+    folder, attempts = tmp_path / "runs" / "t-1", []
+    folder.mkdir(parents=True)
+    (folder / "old").touch()
+
+    @flow(retries=1)
+    def refreshing() -> None:
+        attempts.append(len(attempts))
+        three.fn(tmp_path, refresh="shard")
+        if len(attempts) == 1:
+            raise LaunchError("before training began", retry=True)
+        begin_anew(folder)
+
+    ran.clear()
+    refreshing()
+    assert ran == ["shard", "index", "convert"] and len(attempts) == 2
+    assert not (folder / "old").exists() and len(list(folder.parent.glob("*/old"))) == 1
+
+
+def test_a_refresh_whose_stage_failed_is_still_one_when_the_run_is_started_again(tmp_path: Path) -> None:
+    work(tmp_path)
+    failures = [(ValueError("once"),), ()]
+
+    @flow(retries=1)
+    def refreshing() -> None:
+        three.fn(tmp_path, refresh="shard", failures=failures.pop(0))
+
+    ran.clear()
+    refreshing()
+    assert ran == ["shard", "shard", "index", "convert"]
 
 
 def test_outputs_that_are_gone_or_altered_are_made_again(tmp_path: Path) -> None:
@@ -150,6 +189,67 @@ def test_two_runs_at_once_work_once(tmp_path: Path) -> None:
     for thread in runs:
         thread.join()
     assert ran == ["shard", "index", "convert"]
+
+
+def test_trainings_of_one_folder_take_turns(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They differ only in train_iters, so the second would go on from checkpoints that the first is writing."""
+    with writing("index", tmp_path / "dataset", IndexConfig(), "0" * 64) as output:
+        dataset = output.finish(IndexRecord, num_samples={"train": 1}, encoder={})
+    at_work: list[str] = []
+
+    def launch(config: LaunchConfig, arguments: list[str], *rest: object) -> None:
+        at_work.append(f"begins in {arguments[arguments.index('--run-dir') + 1]}")
+        time.sleep(3)
+        at_work.append("ends")
+        raise ValueError("enough")
+
+    @flow
+    def training(train_iters: int) -> None:
+        config = TrainConfig(overrides=(f"train.train_iters={train_iters}",))
+        tasks.train.train(Workspace(tmp_path, "t"), config, dataset, tiny_model, LaunchConfig(), RayConfig())
+
+    monkeypatch.setattr("tasks.train.launch", launch)
+    monkeypatch.setattr("tasks.locks.SAY_SECONDS", 0.5)
+    runs = [threading.Thread(target=training, args=(n,), kwargs={"return_state": True}) for n in (100, 200)]
+    with caplog.at_level(logging.INFO, "prefect"):
+        for thread in runs:
+            thread.start()
+        for thread in runs:
+            thread.join()
+    begun, *rest = at_work
+    assert rest == ["ends", begun, "ends"]
+    (waits,) = (line for line in caplog.messages if line.startswith("Waits"))
+    folder, _, holder = waits.removeprefix("Waits for another run that works on ").partition(": flow run ")
+    assert begun == f"begins in {folder}" and len(holder) == 36
+
+
+def test_the_newest_of_a_name_is_not_of_a_name_that_begins_alike(tmp_path: Path) -> None:
+    for folder in (
+        "cats-0123abcd",
+        "cats-v2-01234567",
+        "cats-01234567.replaced-20261101",
+        "cats-01234567-89abcdef",
+    ):
+        (tmp_path / "shard" / folder).mkdir(parents=True)
+        (tmp_path / "shard" / folder / "record.json").touch()
+    assert newest(tmp_path, "shard", "cats") == tmp_path / "shard" / "cats-0123abcd"
+    assert newest(tmp_path, "shard", "cats-v2") == tmp_path / "shard" / "cats-v2-01234567"
+    assert newest(tmp_path, "shard", "cat") is None
+
+
+@pytest.mark.parametrize("name", ["", "a/../../../escape", "demo*"])
+def test_a_name_that_names_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="is not made of letters, digits, - and _"):
+        Workspace(tmp_path, name)
+    assert re.search(shard_flow.parameters.properties["name"]["pattern"], name) is None
+
+
+def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_task, "retry_delay_seconds", [0.1, 0.1])
+    again, run = work(tmp_path, failures=(LaunchError("a rank was killed", retry=True),))
+    assert again == ["shard", "shard", "index", "convert"] and not any(outcome.reused for outcome in run.outcomes)
 
 
 def test_only_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
