@@ -289,6 +289,28 @@ def test_clips_of_one_shape_share_forwards(
         torch.testing.assert_close(found[key]["pth"], sample["pth"], rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_that_memory_does_not_suffice_for_is_encoded_singly(
+    videos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, encode = replace(CONFIG, clips_per_part=100), Vae.encode
+    expected = stage.run(config, videos, tiny_model, tmp_path / "one")
+
+    def small(vae: Vae, video: torch.Tensor, most: int) -> torch.Tensor:
+        if len(video) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 GiB")
+        return encode(vae, video)
+
+    monkeypatch.setattr(Vae, "batch_size", lambda vae, shape: 3)
+    monkeypatch.setattr(Vae, "encode", lambda vae, video: small(vae, video, 1))
+    record = stage.run(config, videos, tiny_model, tmp_path / "singly")
+    assert capsys.readouterr().out.count("no memory on the GPU for 3 clips at once") == 1
+    found, alone = read_samples(record), read_samples(expected)
+    assert found.keys() == alone.keys() and all(torch.equal(found[key]["pth"], alone[key]["pth"]) for key in alone)
+    monkeypatch.setattr(Vae, "encode", lambda vae, video: small(vae, video, 0))
+    with pytest.raises(torch.OutOfMemoryError):  # a single clip's is its part's to bear
+        stage.run(config, videos, tiny_model, tmp_path / "none")
+
+
 def test_command_writes_shards(videos: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--model", str(tiny_model), "--max_frames", "9", "--device", "cpu", "--text_dtype", "float32"]

@@ -179,3 +179,18 @@ def resampled(frames: Iterator[Any], stream: Any, fps: Fraction, start: int, end
 def plain(error: Exception, path: Path) -> str:
     """An error's text without the path, which the quarantine row has in a field of its own."""
     return str(getattr(error, "strerror", None) or error).replace(str(path), path.name)
+
+
+def unread(error: OSError) -> ClipError:
+    return ClipError(f"cannot be read: {error.strerror or error}", retry=True)
+
+
+def unreadable(path: Path) -> ClipError | None:
+    """Why a file's bytes cannot be had, or None if they can."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as error:
+        return unread(error)
+    return None

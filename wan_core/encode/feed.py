@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import islice
 
 import numpy as np
@@ -57,6 +58,26 @@ def batched[T, S](items: Iterable[T], shape: Callable[[T], S | None], size: Call
         if len(alike) >= size(of):
             yield waiting.pop(of)
     yield from waiting.values()
+
+
+def singly_if_too_large[T, R](
+    launch: Callable[[Sequence[T]], Callable[[], list[R]]], batch: Sequence[T]
+) -> Callable[[], list[R]]:
+    """`launch(batch)`; where the GPU has no memory for that, a launch of each item by itself."""
+    try:
+        return launch(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # here, where no error holds the batch's tensors any more
+    _say_once(f"no memory on the GPU for {len(batch)} clips at once: encoding such batches singly")
+    alone = [launch([item]) for item in batch]
+    return lambda: [result for finish in alone for result in finish()]
+
+
+@cache
+def _say_once(message: str) -> None:
+    print(message, flush=True)
 
 
 def pinned(frames: np.ndarray) -> Tensor:

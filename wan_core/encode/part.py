@@ -21,8 +21,8 @@ from wan_core.data.folder import ChangedError, Folder, Location, open_folder
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.digests import encoder_identity, sees_images
 from wan_core.encode.buckets import largest_shapes
-from wan_core.encode.decode import ClipError
-from wan_core.encode.feed import ahead, batched, fetching, one_behind, pinned
+from wan_core.encode.decode import ClipError, unread, unreadable
+from wan_core.encode.feed import ahead, batched, fetching, one_behind, pinned, singly_if_too_large
 from wan_core.encode.image import ImageEncoder, load_image_encoder
 from wan_core.encode.text import TextEncoder, fault, load_text_encoder
 from wan_core.encode.vae import Shape, Vae, load_vae, shape_of
@@ -173,7 +173,7 @@ class _PartEncoder:
         """Each clip once, in the order in which their batches fill."""
         frames = ahead(partial(_read, self.config, self.videos), self.clips, self.config.decode_threads)
         batches = batched(map(self._checked, self.clips, frames), _shape, self.encoders.vae.batch_size)
-        for finished in one_behind(self._launch, batches):
+        for finished in one_behind(partial(singly_if_too_large, self._launch), batches):
             yield from finished
 
     def _checked(self, clip: Clip, frames: Tensor | ClipError) -> Job:
@@ -235,23 +235,8 @@ def _read(config: EncodeConfig, videos: Folder, clip: Clip) -> Tensor | ClipErro
                 return pinned(read_clip(path, clip, config))
             except ClipError as error:
                 # FFmpeg and PIL report a disk that fails, or a file that is locked away, as they do a damaged one.
-                return (_unreadable(path) if isinstance(error.__cause__, OSError) else None) or error
+                return (unreadable(path) if isinstance(error.__cause__, OSError) else None) or error
             except OSError as error:
-                return _unread(error)
+                return unread(error)
     except (FileNotFoundError, PermissionError, ChangedError) as error:  # lost connections are the part's to retry
-        return _unread(error)
-
-
-def _unread(error: OSError) -> ClipError:
-    return ClipError(f"cannot be read: {error.strerror or error}", retry=True)
-
-
-def _unreadable(path: Path) -> ClipError | None:
-    """Why a file's bytes cannot be had, or None if they can."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            while file.read(1 << 24):
-                pass
-    except OSError as error:
-        return _unread(error)
-    return None
+        return unread(error)
