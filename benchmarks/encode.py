@@ -125,11 +125,12 @@ def kernels(row: str, work: Callable[[], Any]) -> None:
 
 
 def batch_rows(model: AutoencoderKLWan) -> None:
-    """Images and small clips by themselves, and in the batches that the encode stage makes of them."""
+    """Images and small clips by themselves, and in the batches that the encode stage makes of them in 16 bits."""
+    shapes = ((1, HEIGHT, WIDTH), (17, 256, 256))
+    sizes = [Vae(model, "bfloat16").batch_size(shape) for shape in shapes]  # float32's own is 1
     for name in ("float32", "float16", "bfloat16"):
         vae = Vae(model, name)
-        for shape in ((1, HEIGHT, WIDTH), (17, 256, 256)):
-            size = vae.batch_size(shape)
+        for shape, size in zip(shapes, sizes, strict=True):
             videos = torch.randint(0, 256, (size, *shape, 3), dtype=torch.uint8, device="cuda").permute(0, 4, 1, 2, 3)
             alone = torch.cat([vae.encode(video[None]) for video in videos])
             batch = vae.encode(videos)

@@ -47,9 +47,9 @@ class EncodeConfig:
     negative_prompt: str = NEGATIVE_PROMPT
     """Encoded beside the empty caption: training may put it in the place of dropped captions."""
     clips_per_part: Count = place(64)
-    """Clips that one task encodes; a failure costs at most this much work."""
+    """Clips that one task encodes; a failure costs at most this much work. Small clips share forwards within a part."""
     decode_threads: Count = place(4)
-    """Of one worker; as many decoded clips wait in memory, and one more."""
+    """Of one worker; so many decoded clips wait in memory, in 16 bits on a GPU also up to 16 small ones per shape."""
     max_quarantine_share: Share = place(0.2)
     """The stage fails when a larger share of the clips cannot be used."""
     __pydantic_config__ = STRICT
