@@ -30,6 +30,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
+WITHIN = 40  # seconds; a heartbeat every 30 is Prefect's least
+PREFECTS_BUFFER = 60  # seconds that Prefect keeps what a trigger counted and nobody looked at, unless told otherwise
+
 # Three stages of a few seconds each, in a process of its own as a worker starts it.
 FLOW = """
 import sys, time
@@ -107,7 +110,12 @@ class Server:
     def __init__(self, folder: Path, database: str | None) -> None:
         self.port, self.folder = free_port(), folder
         self.url = f"http://127.0.0.1:{self.port}/api"
-        self.environment = {"PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        compose = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
+        buffer = "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"
+        self.environment = {
+            "PREFECT_HOME": str(folder), "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            buffer: compose["services"]["server"]["environment"][buffer],
+        }  # fmt: skip
         if database:
             self.environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database
         self.start()
@@ -131,8 +139,11 @@ class Server:
 
 def start_flow(url: str, folder: Path, workspace: Path, seconds: int = 8, size: int = 10) -> Process:
     (folder / "faults_flow.py").write_text(FLOW)
-    environment = {"PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "client"), "PYTHONPATH": str(ROOT)}
-    environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = "30"  # the shortest
+    project = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    environment = project["definitions"]["pool"]["job_variables"]["env"] | {
+        "PREFECT_API_URL": url, "PREFECT_HOME": str(folder / "client"), "PYTHONPATH": str(ROOT),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # the shortest
+    }  # fmt: skip
     command = [sys.executable, str(folder / "faults_flow.py"), str(workspace), str(seconds), str(size)]
     return Process(command, environment, folder / "flow.log")
 
@@ -157,6 +168,17 @@ def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
     server = Server(tmp_path_factory.mktemp("server"), database.url)
     yield server
     server.process.stop()
+
+
+@pytest.fixture(scope="module")
+def automation(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """That of automations.yaml, but it waits for WITHIN and not for 15 minutes."""
+    wanted = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())
+    wanted["trigger"]["within"] = WITHIN
+    file = tmp_path_factory.mktemp("automation") / "automation.yaml"
+    file.write_text(yaml.safe_dump(wanted))
+    create = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(file)]
+    subprocess.run(create, env={**os.environ, "PREFECT_API_URL": server.url}, check=True, timeout=300)
 
 
 def test_a_run_survives_a_crash_of_the_database_and_a_restart_of_the_server(
@@ -209,15 +231,11 @@ def test_a_full_disk_fails_at_once_and_leaves_nothing_behind(server: Server, tmp
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.usefixtures("automation")
 def test_a_killed_run_blocks_nobody_and_becomes_crashed(server: Server, tmp_path: Path) -> None:
     """kill -9 of the flow's process while it holds the stage's lock; the next run does the work. The automation tells
     of the run that cannot tell itself, and leaves those alone that completed, whatever their state is called.
     """
-    automation = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())
-    automation["trigger"]["within"] = 40
-    (tmp_path / "automation.yaml").write_text(yaml.safe_dump(automation))
-    create = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", str(tmp_path / "automation.yaml")]
-    subprocess.run(create, env={**os.environ, "PREFECT_API_URL": server.url}, check=True, timeout=300)
     before = server.states("flow_runs").keys()
     flow = start_flow(server.url, tmp_path, tmp_path / "other", seconds=0)
     assert flow.wait(300) == 0, list(flow.tail)[-30:]
@@ -232,6 +250,28 @@ def test_a_killed_run_blocks_nobody_and_becomes_crashed(server: Server, tmp_path
     assert not [path for path in (tmp_path / "work" / "shard").iterdir() if path.name.startswith(".t")]
     assert wait_until(lambda: server.states("flow_runs")[killed] == ("CRASHED", "Crashed"))
     assert server.states("flow_runs")[whole] == ("COMPLETED", "Promoted")
+
+
+@pytest.mark.usefixtures("automation")
+def test_after_a_long_outage_dead_runs_become_crashed_and_live_ones_complete(server: Server, tmp_path: Path) -> None:
+    """The server is away for longer than the automation waits, and than Prefect by itself keeps what it has counted.
+    Live runs, whose silence looks the same, may be called Crashed until they complete.
+    """
+    flows, runs, known = [], [], server.states("flow_runs").keys()
+    for name in ("live", "dead"):
+        (tmp_path / name).mkdir()
+        flows.append(start_flow(server.url, tmp_path / name, tmp_path / name / "work", seconds=80))
+        assert wait_until(lambda flow=flows[-1]: said(flow, "working shard 5"))  # its first heartbeat is on the server
+        runs += server.states("flow_runs").keys() - known - set(runs)
+    os.kill(flows[1].pid, signal.SIGKILL)
+    assert flows[1].wait(60) is not None
+    server.process.stop()
+    time.sleep(WITHIN + PREFECTS_BUFFER + 10)
+    server.start()
+    live, dead = runs
+    assert wait_until(lambda: server.states("flow_runs")[dead] == ("CRASHED", "Crashed"), 60)
+    assert flows[0].wait(400) == 0, list(flows[0].tail)[-30:]
+    assert server.states("flow_runs")[live] == ("COMPLETED", "Promoted")
 
 
 def test_two_processes_on_one_stage_work_once(server: Server, tmp_path: Path) -> None:
