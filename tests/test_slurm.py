@@ -273,6 +273,6 @@ def test_cancelling_a_run_lets_its_ranks_save(slurm: Slurm, pool: Pool) -> None:
     assert wait_until(pool.trains), pool.logs()
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run, Cancelling())
-    assert wait_until(lambda: not living(f"PREFECT__FLOW_RUN_ID={run}"), 45), pool.logs()
+    assert wait_until(lambda: not living(f"PREFECT__FLOW_RUN_ID={run}"), 30), pool.logs()
     assert wait_until(lambda: states(run)[-1] == "Cancelled"), (states(run), pool.logs())
     assert pool.saved() and len(slurm.calls("sbatch")) == 1
