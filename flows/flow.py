@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.flows import Flow
 
 from flows.parameters import PARAMETERS
-from flows.secrets import load_secrets
+from flows.secret_blocks import load_secrets
 
 
 def wan_flow[**P, R](
