@@ -47,6 +47,7 @@ class StageCommand:
 
     help: str
     takes: tuple[str, ...] = ()  # `videos` and `model`, which must be given
+    may_take: tuple[str, ...] = ()
     reads: dict[str, tuple[type[Record], Stage]] = field(default_factory=dict)  # option -> whose newest output it is
     places: tuple[str, ...] = ()  # parts of the pipeline's config that say where it runs
 
@@ -70,8 +71,8 @@ STAGE_COMMANDS: dict[Stage, StageCommand] = {
         reads={"encoded": (EncodeRecord, "encode")},
     ),
     "index": StageCommand(
-        "Energon metadata beside the shards: the dataset that training reads.",
-        reads={"sharded": (ShardRecord, "shard")},
+        "Energon metadata beside the shards: the dataset that training reads. With --model its card shows clips.",
+        may_take=("model",), reads={"sharded": (ShardRecord, "shard")},
     ),
     "train": StageCommand(
         "Train with Megatron under torchrun; an interrupted run goes on from its last checkpoint.",
@@ -105,7 +106,7 @@ def stage_command(stage: Stage, command: StageCommand) -> Callable[..., None]:
         for option, folder in given.items():
             if option in command.takes or (folder is not None and option in CHECKED):
                 inputs[option] = CHECKED[option](folder)
-            else:
+            elif option in command.reads:
                 inputs[option] = given_or_newest(*command.reads[option], workspace, config.name, folder).path
         execute(
             workspace, "flows.stages", stage, config=getattr(config, stage), name=config.name, refresh=refresh, **inputs
@@ -114,7 +115,8 @@ def stage_command(stage: Stage, command: StageCommand) -> Callable[..., None]:
     texts = SAMPLE_PARAMETERS if stage == "sample" else STAGE_PARAMETERS
     needed = {"videos": VideosOption, "model": ModelOption}
     optional = {
-        option: Annotated[Path | None, typer.Option(f"--{option}", help=texts[option])] for option in command.reads
+        option: Annotated[Path | None, typer.Option(f"--{option}", help=texts[option])]
+        for option in (*command.reads, *command.may_take)
     }
     kind = Parameter.POSITIONAL_OR_KEYWORD
     run_stage.__signature__ = Signature(  # type: ignore[attr-defined]

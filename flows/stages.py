@@ -58,11 +58,16 @@ def shard(
 
 @stage_flow("index")
 def index(
-    config: IndexConfig, name: Name, workspace: Path, sharded: Path | None = None, refresh: bool = False
+    config: IndexConfig,
+    name: Name,
+    workspace: Path,
+    sharded: Path | None = None,
+    model: Path | None = None,
+    refresh: bool = False,
 ) -> list[Outcome]:
-    """Energon metadata beside the shards."""
-    run = Workspace(workspace, name, "index" if refresh else None)
-    tasks.index.index(run, config, given_or_newest(ShardRecord, "shard", workspace, name, sharded))
+    """Energon metadata beside the shards; with a model the dataset card shows clips."""
+    run, model = Workspace(workspace, name, "index" if refresh else None), checked_model(model) if model else None
+    tasks.index.index(run, config, given_or_newest(ShardRecord, "shard", workspace, name, sharded), model)
     return run.outcomes
 
 

@@ -12,7 +12,7 @@ from wan_core.config import IndexConfig, ShardConfig
 from wan_core.data import card, index, shards
 from wan_core.digests import encoder_identity
 from wan_core.encode.vae import load_vae
-from wan_core.records import ShardRecord
+from wan_core.records import IndexRecord, ShardRecord, find_record
 
 CONFIG = IndexConfig(workers=1)
 
@@ -41,6 +41,26 @@ def test_the_card_counts_and_shows(sharded: ShardRecord, tiny_model: Path, tmp_p
 def test_without_a_model_the_card_has_no_pictures_of_clips(sharded: ShardRecord, tmp_path: Path) -> None:
     record = index.run(CONFIG, sharded, tmp_path / "index")
     assert not (record.path / "contact_sheet.png").exists() and "contact" not in (record.path / "card.md").read_text()
+
+
+def test_pictures_are_added_to_what_was_indexed_without_a_model(
+    sharded: ShardRecord, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = index.run(CONFIG, sharded, tmp_path / "index")
+    database = (plain.path / ".nv-meta" / "index.sqlite").stat().st_mtime_ns
+
+    def interrupted(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(card, "page", interrupted)
+        index.run(CONFIG, sharded, tmp_path / "index", model=tiny_model)
+    assert find_record(IndexRecord, plain.path, plain.fingerprint)  # an interrupted one is whole, and tried again
+    shown = index.run(CONFIG, sharded, tmp_path / "index", model=tiny_model)
+    assert shown.files.keys() == plain.files.keys() | {"contact_sheet.png"} and shown.fingerprint == plain.fingerprint
+    assert "First frames of 12 training clips" in (shown.path / "card.md").read_text()
+    assert (plain.path / ".nv-meta" / "index.sqlite").stat().st_mtime_ns == database
+    assert index.run(CONFIG, sharded, tmp_path / "index") == shown == find_record(IndexRecord, plain.path, None)
 
 
 def test_another_vae_is_refused(sharded: ShardRecord, tiny_model: Path, tmp_path: Path) -> None:

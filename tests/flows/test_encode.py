@@ -8,20 +8,25 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from prefect import flow
 
+from flows import stages
 from tasks.encode import encode, encode_part
 from tasks.stage import Workspace
 from tasks.workers import EncodePool, EncodeWorker, WorkersLostError, check_some_node_suffices, ray_session
+from tests.data.test_shards import make_encoded
 from tests.processes import living
-from wan_core.config import EncodeConfig, RayConfig, Size
+from wan_core.config import EncodeConfig, IndexConfig, RayConfig, ShardConfig, Size
+from wan_core.data import shards
+from wan_core.digests import encoder_identity
 from wan_core.encode.part import Part
 from wan_core.encode.video import write_video
-from wan_core.records import EncodeRecord, PartRecord
+from wan_core.records import EncodeRecord, IndexRecord, PartRecord, find_record, load_record
 
 MARK = "ENCODE_TEST_MARK"
 CONFIG = EncodeConfig(
@@ -163,3 +168,16 @@ def test_workers_that_cannot_load_their_encoders_fail_the_stage(
     monkeypatch.setattr("tasks.workers.EncodeWorker", Worker)
     with pytest.raises(WorkersLostError, match="no such device"):
         encoded(tmp_path / "work", make_clips(tmp_path / "videos", ["a", "b", "c"]), tiny_model)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_index_takes_a_model_for_the_cards_pictures(tmp_path: Path, tiny_model: Path) -> None:
+    """A second run of the flow adds them; the dataset stays what it was."""
+    encoded = replace(make_encoded(tmp_path / "encode", 12), encoder=encoder_identity(tiny_model))
+    sharded, found = shards.run(ShardConfig(val_share=0), encoded, tmp_path / "shard"), []
+    for model in (None, tiny_model, tiny_model, None):
+        (outcome,) = stages.index(IndexConfig(), "t", tmp_path / "work", sharded=sharded.path, model=model)
+        found.append((outcome.reused, (outcome.record.path / "contact_sheet.png").is_file()))
+    assert found == [(False, False), (True, True), (True, True), (True, True)]
+    record = load_record(IndexRecord, outcome.record.path)
+    assert "contact_sheet.png" in record.files and find_record(IndexRecord, record.path, outcome.record.fingerprint)

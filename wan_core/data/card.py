@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from wan_core.encode.vae import Vae
 
 CARD_NAME, HISTOGRAMS_NAME, SHEET_NAME = "card.md", "histograms.png", "contact_sheet.png"
+NAMES = (CARD_NAME, HISTOGRAMS_NAME, SHEET_NAME)
 SHEET_CLIPS, COLUMNS, CELL = 12, 4, (300, 190)  # pixels of a picture: width, height
 CPU_PIXELS = 1 << 20  # decoded at most without a GPU, where the full VAE takes a minute per million
 REASONS = 20  # that the card lists, the most common

@@ -14,6 +14,7 @@ import json
 import os
 import sqlite3
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,8 @@ def run(
     Args:
         earlier: an output of this stage; what it knows of shards that it shares is taken over, and only the others are
             read. `output_dir` may be one, too.
-        model: Diffusers folder whose VAE made the latents; with it the card shows pictures.
+        model: Diffusers folder whose VAE made the latents; with it the card shows pictures, also of an output that
+            was made without.
 
     Raises:
         ValueError: a shard has another size, or holds another number of samples, than when it was written; or the model
@@ -71,7 +73,7 @@ def run(
     """
     wanted = stage_fingerprint(config, sharded)
     if found := records.find_record(IndexRecord, output_dir, wanted):
-        return found
+        return found if model is None or card.SHEET_NAME in found.files else with_pictures(found, sharded, model)
     for name, size in sharded.files.items():
         found_size = (sharded.path / name).stat().st_size
         if found_size != size:
@@ -83,6 +85,16 @@ def run(
         prepare(config, sharded, output.path, earlier)
         card.write(output.path, output_dir.name, sharded.encoder, vae)
         return output.finish(IndexRecord, num_samples=sharded.num_samples, encoder=sharded.encoder)
+
+
+def with_pictures(record: IndexRecord, sharded: ShardRecord, model: Path) -> IndexRecord:
+    """Write the card of a whole output again, with clips."""
+    vae, kept = load_matching_vae(model, sharded), {n: s for n, s in record.files.items() if n not in card.NAMES}
+    records.save_record(replace(record, files=kept), record.path)  # whole without a card, should this be interrupted
+    card.write(record.path, record.path.name, record.encoder, vae)
+    record = replace(record, files=records.list_files(record.path))
+    records.save_record(record, record.path)
+    return record
 
 
 def load_matching_vae(model: Path, sharded: ShardRecord) -> Vae:
