@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import threading
 import time
@@ -13,10 +12,10 @@ import pytest
 from prefect import flow
 
 import tasks.train
-from flows.stages import shard as shard_flow
+from tasks.encode import encode
 from tasks.errors import LaunchError
-from tasks.layout import newest
 from tasks.stage import Target, Workspace, begin_anew, made_again, stage_task
+from tests.flows.test_encode import CONFIG, make_clips
 from wan_core.config import ConvertConfig, IndexConfig, LaunchConfig, RayConfig, ShardConfig, Stage, TrainConfig
 from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record, writing
 
@@ -155,6 +154,28 @@ def test_a_refresh_whose_stage_failed_is_still_one_when_the_run_is_started_again
     assert ran == ["shard", "shard", "index", "convert"]
 
 
+@pytest.mark.slow
+def test_a_refresh_of_encode_begins_anew_once_per_run(tmp_path: Path, tiny_model: Path) -> None:
+    """The first attempt does not come to it, the second does it, the third finds it."""
+    videos, attempts = make_clips(tmp_path / "videos", ["0", "1"]), []
+
+    @flow(retries=2)
+    def encoding(refresh: Stage | None) -> Workspace:
+        run = Workspace(tmp_path / "work", "t", refresh)
+        attempts.append(run)
+        if refresh and len(attempts) == 2:
+            raise LaunchError("before it began", retry=True)
+        encode(run, CONFIG, RayConfig(), videos, tiny_model)
+        if refresh and len(attempts) == 3:
+            raise LaunchError("after it", retry=True)
+        return run
+
+    encoding(None)
+    encoding("encode")
+    assert [[outcome.reused for outcome in run.outcomes] for run in attempts] == [[False], [], [False], [True]]
+    assert len(list((tmp_path / "work" / "encode").glob("t-*.replaced-*/record.json"))) == 1
+
+
 def test_outputs_that_are_gone_or_altered_are_made_again(tmp_path: Path) -> None:
     _, run = work(tmp_path)
     sharded, indexed, converted = (outcome.record.path for outcome in run.outcomes)
@@ -223,27 +244,6 @@ def test_trainings_of_one_folder_take_turns(
     (waits,) = (line for line in caplog.messages if line.startswith("Waits"))
     folder, _, holder = waits.removeprefix("Waits for another run that works on ").partition(": flow run ")
     assert begun == f"begins in {folder}" and len(holder) == 36
-
-
-def test_the_newest_of_a_name_is_not_of_a_name_that_begins_alike(tmp_path: Path) -> None:
-    for folder in (
-        "cats-0123abcd",
-        "cats-v2-01234567",
-        "cats-01234567.replaced-20261101",
-        "cats-01234567-89abcdef",
-    ):
-        (tmp_path / "shard" / folder).mkdir(parents=True)
-        (tmp_path / "shard" / folder / "record.json").touch()
-    assert newest(tmp_path, "shard", "cats") == tmp_path / "shard" / "cats-0123abcd"
-    assert newest(tmp_path, "shard", "cats-v2") == tmp_path / "shard" / "cats-v2-01234567"
-    assert newest(tmp_path, "shard", "cat") is None
-
-
-@pytest.mark.parametrize("name", ["", "a/../../../escape", "demo*"])
-def test_a_name_that_names_no_folder_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="is not made of letters, digits, - and _"):
-        Workspace(tmp_path, name)
-    assert re.search(shard_flow.parameters.properties["name"]["pattern"], name) is None
 
 
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
