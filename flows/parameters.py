@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-# `Workspace` refuses such names, too; the form does before a run exists.
-Name = Annotated[str, Field(json_schema_extra={"pattern": r"^[\w-]+$"})]
 NEWEST = "Default: the newest of this name in the workspace."
 PARAMETERS = {
     "config": "What is computed; what is left out takes its default.",

@@ -18,7 +18,7 @@ import tasks.shard
 import tasks.train
 from flows.flow import wan_flow
 from flows.inputs import check_training, checked_model, checked_videos, given_or_newest
-from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS, Name
+from flows.parameters import SAMPLE_PARAMETERS, STAGE_PARAMETERS
 from tasks.stage import Outcome, Workspace
 from wan_core.config import (
     ConvertConfig,
@@ -26,6 +26,7 @@ from wan_core.config import (
     EvaluateConfig,
     IndexConfig,
     LaunchConfig,
+    Name,
     RayConfig,
     SampleConfig,
     ShardConfig,

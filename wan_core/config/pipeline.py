@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from wan_core.config.base import STRICT, check
 from wan_core.config.data import EncodeConfig, IndexConfig, ShardConfig
@@ -64,12 +66,15 @@ class LaunchConfig:
         )
 
 
+Name = Annotated[str, Field(json_schema_extra={"pattern": r"^[\w-]+$"})]  # for the form; it names folders
+
+
 @described
 @dataclass(frozen=True)
 class PipelineConfig:
     """The end-to-end flow: one config per stage, and where the two heavy stages run."""
 
-    name: str = "wan"
+    name: Name = "wan"
     """Names the dataset and the run inside the workspace."""
     encode: EncodeConfig = EncodeConfig()
     shard: ShardConfig = ShardConfig()
