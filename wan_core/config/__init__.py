@@ -38,6 +38,6 @@ from wan_core.config.pipeline import LaunchConfig, Name, PipelineConfig, RayConf
 __all__ = [
     "IMAGE_LENGTH", "NEGATIVE_PROMPT", "PATCH_SIZE", "RESUMABLE_KEYS", "SIZE_MULTIPLE", "STAGES", "STORED_TEXTS",
     "STRICT", "TEXT_LENGTH", "VAE_SPATIAL_STRIDE", "VAE_TEMPORAL_STRIDE", "ConvertConfig", "EncodeConfig",
-    "EvaluateConfig", "IndexConfig", "LaunchConfig", "Name", "PipelineConfig", "RayConfig", "SampleConfig", "ShardConfig",
-    "Size", "Stage", "TrainConfig", "check", "check_num_frames", "identity", "num_tokens", "place",
+    "EvaluateConfig", "IndexConfig", "LaunchConfig", "Name", "PipelineConfig", "RayConfig", "SampleConfig",
+    "ShardConfig", "Size", "Stage", "TrainConfig", "check", "check_num_frames", "identity", "num_tokens", "place",
 ]  # fmt: skip
