@@ -29,7 +29,7 @@ from wan_core.config import Stage, identity
 RECORD_NAME = "record.json"
 # Bumped by hand when a stage's meaning changes, so that old outputs are not taken for new ones.
 CODE_VERSIONS: dict[Stage, int] = {
-    "encode": 2, "shard": 2, "index": 2, "train": 1, "convert": 1, "sample": 1, "evaluate": 1,
+    "encode": 3, "shard": 2, "index": 2, "train": 1, "convert": 1, "sample": 1, "evaluate": 1,
 }  # fmt: skip
 VERSIONED_PACKAGES = ("torch", "diffusers", "transformers", "megatron-core", "megatron-bridge", "megatron-energon")
 
