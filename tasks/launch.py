@@ -169,7 +169,8 @@ def failure(node: int, status: int, tail: Sequence[str], log_dir: Path) -> Excep
     # --tee marks each line with the rank; torch marks tracebacks with it once more when the group is up.
     prefix = re.compile(rf"{MARKED}\[rank{rank}\]:(?:\[rank\d+\]: ?)?")
     own = [prefix.sub("", line) for line in tail if prefix.match(line) and prefix.sub("", line).strip()]
-    raised = [match for match in map(EXCEPTION.match, own) if match]
+    # A killed rank raised nothing: what looks so was logged, and passed.
+    raised = [match for match in map(EXCEPTION.match, own) if match] if exitcode > 0 else []
     name, sentence = (raised[-1][1], raised[-1][2] or "") if raised else ("", "")
     if name == "ValueError" and sentence:
         return ValueError(f"{sentence} (rank {rank} of the training, logs in {log_dir})")

@@ -205,3 +205,16 @@ def test_ranks_die_with_their_torchrun(on_path: Path) -> None:
     agent.kill()
     agent.wait()
     assert wait_until(lambda: not marked(on_path.name), 5)
+
+
+def test_what_a_killed_rank_had_logged_is_not_why_it_died(on_path: Path) -> None:
+    """A handled error in its log, of a kind that would come again, must not keep the next attempt from starting."""
+    body = """
+        import signal
+        print("AttributeError: module 'engine' has no attribute 'manager'", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    with pytest.raises(LaunchError, match="rank 0 on node 0 was killed by signal 9") as caught:
+        launch(LaunchConfig(), [program(on_path, body)], on_path / "logs")
+    assert caught.value.retry
