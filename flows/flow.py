@@ -29,10 +29,8 @@ def wan_flow[**P, R](
             return function(*args, **kwargs)
 
         made: Any = with_secrets
-        made.__signature__ = inspect.signature(
-            function, eval_str=True
-        )  # Prefect would look up its names in this module
-        made = flow(name=name, flow_run_name=run_name)(made)
-        return made
+        # With types in place of their names, which Prefect would look up in this module.
+        made.__signature__ = inspect.signature(function, eval_str=True)
+        return flow(name=name, flow_run_name=run_name)(made)
 
     return decorate

@@ -278,8 +278,9 @@ def test_two_processes_on_one_stage_work_once(server: Server, tmp_path: Path) ->
     flows = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        flows.append(start_flow(server.url, tmp_path / name, tmp_path / "work", seconds=5))
+        flows.append(start_flow(server.url, tmp_path / name, tmp_path / "work", seconds=9))
     assert [flow.wait(300) for flow in flows] == [0, 0]
+    assert any("Waits for another run that works on" in line for flow in flows for line in flow.tail)
     for stage in ("shard", "index"):
         working = [any(f"working {stage}" in line for line in flow.tail) for flow in flows]
         assert sorted(working) == [False, True], stage

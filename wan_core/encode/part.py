@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ class _PartEncoder:
     def samples(self) -> Iterator[Encoded]:
         """Each clip once, in the order in which their batches fill."""
         frames = ahead(partial(_read, self.config, self.videos), self.clips, self.config.decode_threads)
-        batches = batched(map(self._checked, self.clips, frames), _shape, self.encoders.vae.batch_size)
+        jobs = starmap(self._checked, zip(self.clips, frames, strict=True))
+        batches = batched(jobs, _shape, self.encoders.vae.batch_size)
         for finished in one_behind(partial(singly_if_too_large, self._launch), batches):
             yield from finished
 
