@@ -1,11 +1,17 @@
-"""Looking for processes, and waiting, as the tests of what must not outlive a run do."""
+"""Looking for processes, waiting, and a Ray node, for the tests of what must not outlive a run."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tasks.process import Process
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_ATTEMPTS = 5
 
 
 def living(entry: str, command: bytes = b"") -> list[int]:
@@ -29,3 +35,23 @@ def wait_until(holds: Callable[[], Any], seconds: float = 300.0) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def start_ray(arguments: Sequence[str], environment: dict[str, str], log: Path, inside: Sequence[str] = ()) -> Process:
+    """A Ray node that runs, started by `ray start` behind the command `inside`.
+
+    A loaded machine exceeds the 30 s that Ray grants a node, so this may take attempts.
+    """
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **environment}
+    command = [*inside, RAY, "start", "--block", "--object-store-memory=80000000", *arguments]
+
+    def said(process: Process) -> bool:
+        return any("Ray runtime started" in line for line in process.tail)
+
+    for _ in range(START_ATTEMPTS):
+        started = Process(command, quiet, log)
+        wait_until(lambda: said(started) or started.wait(0) is not None, 120)  # noqa: B023
+        if said(started):
+            return started
+        started.stop()
+    raise AssertionError(f"Ray did not start; see {log}")

@@ -4,10 +4,11 @@ ends. Nothing that they started may outlive them, and nothing that is done is lo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import UUID
 
@@ -18,13 +19,14 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelling
 
+from tasks.launch import free_port
 from tasks.process import Process
-from tests.processes import living, wait_until
+from tests.processes import living, start_ray, wait_until
 from wan_core.encode.video import write_video
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-MARK = "WORKER_TEST_MARK"
+MARK, NODES_MARK = "WORKER_TEST_MARK", "WORKER_TEST_NODES"
 LIMIT_SECONDS = 30.0
 
 
@@ -36,6 +38,7 @@ sys.path.insert(0, {root!r})
 from tasks.encode import encode
 from tasks.launch import launch
 from tasks.stage import Workspace
+from tasks.workers import ray_session
 from wan_core.config import EncodeConfig, LaunchConfig, RayConfig, Size
 
 
@@ -44,6 +47,16 @@ def training(folder: str, rank: str):
     @task
     def train():
         launch(LaunchConfig(processes_per_node=2), [rank], Path(folder) / "logs")
+    train()
+
+
+@flow
+def on_nodes(folder: str, rank: str, address: str):
+    @task
+    def train():
+        config = LaunchConfig(launcher="ray", nodes=2, processes_per_node=2, placement_seconds=30)
+        with ray_session(RayConfig(address)):
+            launch(config, [rank], Path(folder) / "logs")
     train()
 
 
@@ -117,11 +130,11 @@ def state(run: UUID) -> State:
     return found
 
 
-def cancel(run: UUID, worker: Worker, command: bytes) -> None:
-    """Cancel it as the UI does. Processes of `command` must be gone in time; the bookkeeping may take longer."""
+def cancel(run: UUID, worker: Worker, working: Callable[[], list[int]]) -> None:
+    """Cancel it as the UI does. What is `working` must be gone in time; the bookkeeping may take longer."""
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run, Cancelling())
-    assert wait_until(lambda: not worker.started(command), LIMIT_SECONDS)
+    assert wait_until(lambda: not working(), LIMIT_SECONDS)
     assert wait_until(lambda: state(run).is_cancelled()), state(run)
     assert wait_until(lambda: not worker.started(), LIMIT_SECONDS)
 
@@ -131,7 +144,35 @@ def test_cancel_ends_torchrun(worker: Worker) -> None:
     run = worker.run("training", rank="deaf")
     assert wait_until((worker.folder / "deaf").exists), worker.log()
     assert len(worker.started(b"deaf")) >= 3  # torchrun and its ranks
-    cancel(run, worker, b"deaf")
+    cancel(run, worker, lambda: worker.started(b"deaf"))
+
+
+@contextlib.contextmanager
+def ray_nodes(count: int, folder: Path) -> Iterator[str]:
+    """Address of a Ray cluster of nodes with a core each, on this machine; its processes have `NODES_MARK`."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = {NODES_MARK: folder.name, "PYTHONPATH": f"{folder}:{ROOT}"}
+    head = ["--head", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
+    with contextlib.ExitStack() as nodes:
+        for i, role in enumerate([head, *[[f"--address={address}"]] * (count - 1)]):
+            own = ["--num-cpus=1", "--node-ip-address=127.0.0.1", *role]
+            nodes.callback(start_ray(own, environment, folder / f"ray{i}.log").stop)
+        yield address
+
+
+def test_cancel_ends_torchrun_on_other_nodes_and_frees_them(worker: Worker) -> None:
+    worker.add_rank("deaf_on_nodes", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n")
+    worker.add_rank("brief", "")
+    with ray_nodes(2, worker.folder) as address:
+        run = worker.run("on_nodes", rank="deaf_on_nodes", address=address)
+
+        def ranks() -> list[int]:
+            return living(f"{NODES_MARK}={worker.folder.name}", b"deaf_on_nodes")
+
+        assert wait_until(lambda: len(ranks()) >= 6), worker.log()  # two torchruns with two ranks each
+        cancel(run, worker, ranks)
+        after = worker.run("on_nodes", rank="brief", address=address)  # finds no core if one is still reserved
+        assert wait_until(lambda: state(after).is_final()) and state(after).is_completed(), worker.log()
 
 
 def test_cancel_ends_ray(worker: Worker, tiny_model: Path) -> None:
@@ -143,7 +184,7 @@ def test_cancel_ends_ray(worker: Worker, tiny_model: Path) -> None:
         (videos / f"{i}.txt").write_text(f"clip {i}")
     run = worker.run("encoding", model=str(tiny_model))
     assert wait_until(lambda: worker.started(b"ray::EncodeWorker.encode")), os.listdir(worker.folder)
-    cancel(run, worker, b"ray")
+    cancel(run, worker, lambda: worker.started(b"ray"))
     assert not list((worker.folder / "work").glob("encode/*/record.json"))
 
 

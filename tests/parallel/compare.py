@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.parallel.layouts import Layout
+
 
 @dataclass(frozen=True)
 class Run:
@@ -116,8 +118,7 @@ def main() -> None:
     print("| layout | loss | gradient norm | gradient's cosine | worst module's error, cosine | unequal copies |")
     print("|---|---|---|---|---|---|")
     for folder in sorted(path.parent for path in out.glob("*/rank0.pt")):
-        whole = "one-long" if (out / "one-long").is_dir() else "one"
-        base = "single" if "single" in folder.name else "one-i2v" if "i2v" in folder.name else whole
+        base = Layout.of(folder.name.replace("load_", "load:")).base
         if folder.name != base:
             run = read_run(folder)
             errors = compare(run, read_run(out / base))

@@ -33,23 +33,31 @@ LAYOUTS = (
 )  # fmt: skip
 SELECTIVE = (
     "selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective",
-    "tp2-selective", "tp2-cp2-selective", "tp2-pp2-selective", "tp2-sp-cp2-selective", "pp2-packs2-selective",
+    "tp2-sp-cp2-selective", "pp2-packs2-selective",
 )  # fmt: skip
 RECOMPUTED = (
-    "full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "cp2-ring-full", "tp2-cp2-full",
-    "tp2-pp2-full", "tp2-sp-cp2-full",
+    "full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "cp2-ring-full", "tp2-pp2-full",
+    "tp2-sp-cp2-full",
 )  # fmt: skip
 FSDP = ("dp2-fsdp", "dp2-fsdp-selective", "dp2-fsdp-full", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
-SAVED = ("tp2-save", "tp2-sp-cp2-save", "pp2-dp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save")
+SAVED = (
+    "tp2-save", "tp2-sp-cp2-save", "pp2-dp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save",
+    "cp2-ring-full-packs2-save", "dp2-i2v-selective-save",
+)  # fmt: skip
 LOADED = (
     "cp2-load:tp2-save", "load:tp2-save", "pp2-load:tp2-save", "load:tp2-sp-cp2-save", "dp2-load:tp2-sp-cp2-save",
     "load:pp2-dp2-save", "tp2-load:pp2-dp2-save",
     "load:dp2-fsdp-save", "dp2-fsdp-load:dp2-fsdp-save", "dp4-fsdp-load:dp2-fsdp-save", "dp2-fsdp-load:tp2-save",
     "dp2-fsdp-load:dp2-save", "load:cp2-fsdp-save",
+    "tp2-sp-cp2-ring-full-packs2-load:cp2-ring-full-packs2-save", "cp2-i2v-selective-load:dp2-i2v-selective-save",
 )  # fmt: skip
 I2V = ("tp2-sp-i2v", "cp2-i2v", "pp2-i2v", "tp2-sp-cp2-ring-i2v-full")
-BASES = ("one-long", "single", "one-i2v")
-NAMES = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *SAVED, *LOADED)
+BASES = ("one-long", "single", "one-i2v-long")
+# Two parts of a layout that are right alone may be wrong together: no pair of parts may be missing in all of these.
+PAIRED = (
+    "tp2-sp-pp2-packs2", "cp2-dp2-packs4", "pp2-cp2-ring", "cp2-dp2-ring-fsdp-packs4", "dp2-fsdp-i2v-selective-packs4",
+)  # fmt: skip
+NAMES = (*BASES, *LAYOUTS, *SELECTIVE, *RECOMPUTED, *FSDP, *I2V, *PAIRED, *SAVED, *LOADED)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,21 @@ class Layout:
     @property
     def folder(self) -> str:
         return self.name.replace(":", "_")
+
+    @property
+    def base(self) -> str:
+        """The layout of one rank that this one must equal."""
+        return "single" if self.single else "one-i2v-long" if self.i2v else "one-long"
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What it is made of, without sizes."""
+        sizes = {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ring" if self.ring else "cp": self.cp}
+        found = {part for part, size in sizes.items() if size > 1}
+        found |= {part for part in ("sp", "fsdp", "i2v", "save") if getattr(self, part)}
+        found |= {"load"} if self.load else set()
+        found |= {"packs"} if self.packs > self.dp else set()
+        return frozenset(found | ({self.recompute} if self.recompute else set()))
 
     @property
     def ranks(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.parallel.compare import compare, module_errors, read_run
-from tests.parallel.layouts import BASES, FSDP, I2V, LAYOUTS, LOADED, RECOMPUTED, SAVED, SELECTIVE, Layout
+from tests.parallel.layouts import BASES, FSDP, I2V, LAYOUTS, LOADED, PAIRED, RECOMPUTED, SAVED, SELECTIVE, Layout
 from wan_core.architecture import Architecture
 from wan_core.convert.checkpoint import iteration_dir, read_weights
 from wan_core.convert.mapping import stays_float32, to_diffusers
@@ -30,10 +30,11 @@ def runnable(*names: str) -> tuple[str, ...]:
 
 SHARDED = runnable(
     *FSDP, "cp2-fsdp", "tp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save",
-    "dp2-load:dp2-fsdp-save", *(name for name in LOADED if "fsdp" in name),
+    "dp2-load:dp2-fsdp-save", *(name for name in (*PAIRED, *LOADED) if "fsdp" in name),
 )  # fmt: skip
 PLAIN = runnable(
-    *LAYOUTS, *SELECTIVE, *RECOMPUTED, *I2V, *(name for name in (*SAVED, *LOADED) if "fsdp" not in name),
+    *LAYOUTS, *SELECTIVE, *RECOMPUTED, *I2V,
+    *(name for name in (*PAIRED, *SAVED, *LOADED) if "fsdp" not in name),
 )  # fmt: skip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")]
@@ -57,14 +58,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
-    return run_layouts(tmp_path_factory.mktemp("sharded"), ("one-long", *SHARDED), environment)
+    return run_layouts(tmp_path_factory.mktemp("sharded"), ("one-long", "one-i2v-long", *SHARDED), environment)
 
 
 def equals_one_gpu(runs: Path, name: str) -> None:
     layout = Layout.of(name)
-    base = "single" if layout.single else "one-i2v" if layout.i2v else "one-long"
-    run, one = read_run(runs / layout.folder), read_run(runs / base)
-    errors = compare(run, one)
+    run = read_run(runs / layout.folder)
+    errors = compare(run, read_run(runs / layout.base))
     assert len(run.losses) >= 10
     assert errors.loss <= 1e-2
     assert errors.whole_cosine >= 0.999

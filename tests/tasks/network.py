@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from tasks.process import Process
-from tests.processes import wait_until
+from tests.processes import start_ray
 
 PORT = 6379
-START_ATTEMPTS = 5
 NEEDED = [  # marks of the tests that use this
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -26,10 +24,6 @@ NEEDED = [  # marks of the tests that use this
         reason="network namespaces need root and iproute2",
     ),
 ]
-
-
-def said(process: Process, text: str) -> bool:
-    return any(text in line for line in process.tail)
 
 
 def ip(*arguments: str) -> str:
@@ -49,19 +43,9 @@ class Machine:
         return ["ip", "netns", "exec", self.name, *arguments]
 
     def start_ray(self, *arguments: str) -> None:
-        """Return when it runs. A loaded machine exceeds the 30 s that Ray grants a node, so this may take attempts."""
         path = f"{os.getcwd()}:{self.log.parent}"  # of all that Ray starts there: this project, the test's own modules
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": path}
-        ray = str(Path(sys.executable).parent / "ray")
-        common = ["--num-cpus=2", f"--node-ip-address={self.address}", "--object-store-memory=80000000", "--block"]
-        for _ in range(START_ATTEMPTS):
-            started = Process(self.command(ray, "start", *common, *arguments), environment, self.log)
-            wait_until(lambda: said(started, "Ray runtime started") or started.wait(0) is not None, 120)  # noqa: B023
-            if said(started, "Ray runtime started"):
-                self.ray = started
-                return
-            started.stop()
-        raise AssertionError(f"Ray did not start on {self.name}; see {self.log}")
+        own = ["--num-cpus=2", f"--node-ip-address={self.address}", *arguments]
+        self.ray = start_ray(own, {"PYTHONPATH": path}, self.log, self.command())
 
     def kill(self) -> None:
         """The machine loses power: every process in it, at once."""
