@@ -26,7 +26,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from wan_core.encode.vae import Vae
-from wan_core.encode.vae_encoder import PRECISIONS, FastEncoder, allow_tf32, to_float
+from wan_core.encode.vae_encoder import FastEncoder
+from wan_core.encode.vae_precision import PRECISIONS, allow_tf32, to_float
 
 FRAMES, HEIGHT, WIDTH = 81, 480, 832
 

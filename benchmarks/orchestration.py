@@ -80,7 +80,8 @@ def stages(root: Path, count: int) -> None:
 
     from tasks.stage import Target, Workspace, stage_task
     from wan_core.config import ShardConfig
-    from wan_core.records import ShardRecord, fingerprint, writing
+    from wan_core.output import writing
+    from wan_core.records import ShardRecord, fingerprint
 
     def work(target: Target, config: ShardConfig) -> ShardRecord:
         with writing("shard", target.folder, config, target.fingerprint) as output:

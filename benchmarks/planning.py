@@ -35,6 +35,7 @@ from wan_core import records
 from wan_core.config import STORED_TEXTS, EncodeConfig
 from wan_core.encode import stage
 from wan_core.encode.part import part_fingerprint
+from wan_core.output import StageOutput
 from wan_core.records import PartRecord
 
 CAPTION = "A red fox walks through fresh snow at dawn while the camera follows slowly from behind, take {}."
@@ -103,7 +104,7 @@ def make_parts(plan: stage.EncodePlan, output_dir: Path) -> None:
         for name in ("part.tar", "quarantine.jsonl", *STORED_TEXTS):
             (folder / name).touch()
         wanted = part_fingerprint(CONFIG, ENCODER, keys)
-        output = records.StageOutput("encode", folder, folder, CONFIG, wanted)
+        output = StageOutput("encode", folder, folder, CONFIG, wanted)
         records.save_record(output.finish(PartRecord, num_clips=len(keys), num_quarantined=0), folder)
 
 

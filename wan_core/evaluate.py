@@ -21,6 +21,7 @@ from wan_core import records, report
 from wan_core.config import EvaluateConfig, check
 from wan_core.demo.checker import Seen, check_clip, parse_caption
 from wan_core.encode.video import load_video
+from wan_core.output import writing
 from wan_core.records import EncodeRecord, EvaluateRecord, SampleRecord, TrainRecord
 from wan_core.report import Report, SampleResult
 from wan_core.training_run import VALIDATION_NAME
@@ -58,7 +59,7 @@ def run(
     rows = zip(sampled.videos, sampled.prompts, sampled.seeds, asked, strict=True)
     samples = tuple(measure(number, *row) for number, row in enumerate(rows))
     metrics = summarise(samples, trained)
-    with records.writing("evaluate", output_dir, config, wanted) as output:
+    with writing("evaluate", output_dir, config, wanted) as output:
         values = {"metrics": metrics, "samples": [plain(sample) for sample in samples]}
         (output.path / "metrics.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
         report.contact_sheet(samples, output.path / "contact_sheet.png")

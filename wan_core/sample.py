@@ -27,9 +27,10 @@ from wan_core.encode.image import load_image_encoder, read_first_frame
 from wan_core.encode.text import load_text_encoder
 from wan_core.encode.vae import load_vae
 from wan_core.first_frame import FirstFrame, behind, pack_first_frames
+from wan_core.output import writing
 from wan_core.packing import Packing, pack_text
 from wan_core.patch import GridSize, patchify, unpatchify
-from wan_core.records import SampleRecord, find_record, fingerprint, writing
+from wan_core.records import SampleRecord, find_record, fingerprint
 
 
 @dataclass(frozen=True)

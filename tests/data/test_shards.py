@@ -18,6 +18,7 @@ from wan_core import records
 from wan_core.config import STORED_TEXTS, EncodeConfig, ShardConfig
 from wan_core.data import shards
 from wan_core.data.samples import Sample, saved, write_sample
+from wan_core.output import StageOutput
 from wan_core.records import EncodeRecord, ShardRecord
 
 
@@ -45,7 +46,7 @@ def add_parts(folder: Path, groups: list[range], per_file: int = 1) -> EncodeRec
         (folder / name).write_bytes(saved(torch.ones(1, 8)))
     (folder / "quarantine.jsonl").write_text('{"path": "bad.mp4", "reason": "too short: 3 frames"}\n')
     num_samples, parts = len(lines), tuple(sorted((folder / "parts").iterdir()))
-    return records.StageOutput("encode", folder, folder, EncodeConfig(), records.digest(num_samples)).finish(
+    return StageOutput("encode", folder, folder, EncodeConfig(), records.digest(num_samples)).finish(
         EncodeRecord, parts=parts, num_clips=num_samples, num_quarantined=1, encoder={"vae": "v", "text": "t"}
     )
 

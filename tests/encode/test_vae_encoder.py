@@ -6,7 +6,8 @@ from torch import Tensor
 
 from wan_core.encode import vae_encoder
 from wan_core.encode.vae import Vae
-from wan_core.encode.vae_encoder import PRECISIONS, FastEncoder, halved
+from wan_core.encode.vae_encoder import FastEncoder
+from wan_core.encode.vae_precision import PRECISIONS, halved
 
 PUBLISHED = dict(base_dim=8, z_dim=16, num_res_blocks=1)
 TWO_BLOCKS = dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=2, temperal_downsample=[True, True],

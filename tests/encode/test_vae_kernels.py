@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import torch
 import torch.nn.functional as F
-from wan_core.encode.vae_encoder import halved
+from wan_core.encode.vae_precision import halved
 from wan_core.encode.vae_kernels import conv3, conv_table, write_padded
 
 torch.manual_seed(0)

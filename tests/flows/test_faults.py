@@ -41,7 +41,8 @@ from prefect import flow
 from prefect.states import Completed
 from tasks.stage import Target, Workspace, stage_task
 from wan_core.config import IndexConfig, ShardConfig
-from wan_core.records import IndexRecord, ShardRecord, fingerprint, writing
+from wan_core.output import writing
+from wan_core.records import IndexRecord, ShardRecord, fingerprint
 
 def work(stage, kind, target, config, **values):
     with writing(stage, target.folder, config, target.fingerprint) as output:

@@ -17,7 +17,8 @@ from tasks.errors import LaunchError
 from tasks.stage import Target, Workspace, begin_anew, made_again, stage_task
 from tests.flows.test_encode import CONFIG, make_clips
 from wan_core.config import ConvertConfig, IndexConfig, LaunchConfig, RayConfig, ShardConfig, Stage, TrainConfig
-from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record, writing
+from wan_core.output import writing
+from wan_core.records import ConvertRecord, IndexRecord, ShardRecord, fingerprint, load_record
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 ran: list[str] = []  # what worked, in order

@@ -14,6 +14,7 @@ from wan_core.config import IMAGE_LENGTH, EncodeConfig, IndexConfig, ShardConfig
 from wan_core.data import index, shards
 from wan_core.data.samples import ClipInfo, Sample, saved, write_sample
 from wan_core.first_frame import FirstFrame
+from wan_core.output import StageOutput
 from wan_core.records import EncodeRecord
 
 TEXT_DIM = 16
@@ -62,7 +63,7 @@ def make_dataset(
     (folder / "encode" / "empty_text.pt").write_bytes(saved(torch.zeros(1, text_dim)))
     (folder / "encode" / "negative_text.pt").write_bytes(saved(torch.ones(2, text_dim)))
     (folder / "encode" / "quarantine.jsonl").touch()
-    encoded = records.StageOutput("encode", folder / "encode", folder / "encode", EncodeConfig(), "0" * 64).finish(
+    encoded = StageOutput("encode", folder / "encode", folder / "encode", EncodeConfig(), "0" * 64).finish(
         EncodeRecord, parts=(part,), num_clips=num_clips, num_quarantined=0, encoder=encoder
     )
     sharded = shards.run(ShardConfig(val_share=val_share, max_samples=9), encoded, folder / "shard")

@@ -18,7 +18,8 @@ from wan_core.convert.checkpoint import EMA, iteration_dir, read_architecture, r
 from wan_core.convert.mapping import from_diffusers, to_diffusers
 from wan_core.convert.weights import DiffusersWeights, save_transformer
 from wan_core.digests import IMAGE_PARTS, encoder_identity
-from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint, writing
+from wan_core.output import writing
+from wan_core.records import ConvertRecord, TrainRecord, find_record, fingerprint
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # taken from the reference folder as they are
 

@@ -24,6 +24,7 @@ import yaml
 
 from wan_core import records
 from wan_core.config import STORED_TEXTS, check
+from wan_core.output import writing
 from wan_core.records import IndexRecord
 
 METADATASET_NAME = "metadataset.yaml"
@@ -83,7 +84,7 @@ def run(weights: Mapping[Path, float], output_dir: Path) -> IndexRecord:
             entry = {"weight": share, "path": os.path.relpath(path, output_dir.absolute())}
             splits.setdefault(split, {"blend": []})["blend"].append(entry)
             num_samples[split] = num_samples.get(split, 0) + count
-    with records.writing("index", output_dir, config, wanted) as output:
+    with writing("index", output_dir, config, wanted) as output:
         description = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
         (output.path / METADATASET_NAME).write_text(yaml.safe_dump(description, sort_keys=False))
         for name in (*STORED_TEXTS, "encoder.json"):

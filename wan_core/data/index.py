@@ -34,6 +34,7 @@ from megatron.energon.flavors.webdataset.itar import ITAR_SUFFIX
 from wan_core import records
 from wan_core.config import IndexConfig, check
 from wan_core.data import card
+from wan_core.output import link, list_files, writing
 from wan_core.records import IndexRecord, ShardRecord
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def run(
         if found_size != size:
             raise ValueError(f"{sharded.path / name} has {found_size} bytes instead of {size}; {REMEDY}")
     earlier, vae = earlier or output_dir, load_matching_vae(model, sharded) if model else None
-    with records.writing("index", output_dir, config, wanted) as output:
+    with writing("index", output_dir, config, wanted) as output:
         for name in sharded.files:
-            records.link(sharded.path / name, output.path / name)
+            link(sharded.path / name, output.path / name)
         prepare(config, sharded, output.path, earlier)
         card.write(output.path, output_dir.name, sharded.encoder, vae)
         return output.finish(IndexRecord, num_samples=sharded.num_samples, encoder=sharded.encoder)
@@ -92,7 +93,7 @@ def with_pictures(record: IndexRecord, sharded: ShardRecord, model: Path) -> Ind
     vae, kept = load_matching_vae(model, sharded), {n: s for n, s in record.files.items() if n not in card.NAMES}
     records.save_record(replace(record, files=kept), record.path)  # whole without a card, should this be interrupted
     card.write(record.path, record.path.name, record.encoder, vae)
-    record = replace(record, files=records.list_files(record.path))
+    record = replace(record, files=list_files(record.path))
     records.save_record(record, record.path)
     return record
 
@@ -130,7 +131,7 @@ def prepare(config: IndexConfig, sharded: ShardRecord, folder: Path, earlier: Pa
         if counts.get(name, 0) != expected:  # Energon indexes what it can read of a damaged shard and says nothing
             raise ValueError(f"{sharded.path / name} holds {counts.get(name, 0)} of {expected} samples; {REMEDY}")
     for name in known:
-        records.link(tar_index(earlier / name), tar_index(folder / name))
+        link(tar_index(earlier / name), tar_index(folder / name))
     if known:
         add_known(folder, names, new, earlier)
     info = {"energon_version": energon.__version__, "shard_counts": {name: counts[name] for name in names}}

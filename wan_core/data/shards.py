@@ -32,6 +32,7 @@ from wan_core import records
 from wan_core.config import STORED_TEXTS, ShardConfig, check
 from wan_core.data.catalogue import Catalogue, Row
 from wan_core.data.parts import StoredSamples
+from wan_core.output import link, writing
 from wan_core.records import EncodeRecord, ShardRecord
 
 SPLITS = ("train", "val", "test")
@@ -75,10 +76,10 @@ def run(config: ShardConfig, encoded: EncodeRecord, output_dir: Path, earlier: P
     earlier = earlier or output_dir
     kept = unchanged(sources, earlier)
     new = [shard for shard in shards if shard.name not in kept]
-    with records.writing("shard", output_dir, config, wanted) as output:
+    with writing("shard", output_dir, config, wanted) as output:
         check_room(sum(shard.num_bytes for shard in new), output.path)
         for name in kept:
-            records.link(earlier / name, output.path / name)
+            link(earlier / name, output.path / name)
         written = write_shards(samples, new, output.path, config.workers)
         with Catalogue.writing(output.path, earlier if kept else None) as catalogue:
             for shard in shards:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan_core.architecture import Architecture
 from wan_core.config import IMAGE_LENGTH, Size, check
-from wan_core.encode.vae_encoder import allow_tf32
+from wan_core.encode.vae_precision import allow_tf32
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
     from transformers import CLIPVisionModel

@@ -29,6 +29,7 @@ from wan_core.encode.text import TextEncoder, fault, load_text_encoder
 from wan_core.encode.vae import Shape, Vae, load_vae, shape_of
 from wan_core.encode.video import read_clip
 from wan_core.first_frame import FirstFrame
+from wan_core.output import StageOutput, writing
 from wan_core.records import PartRecord
 
 ERROR_FRAMES = 4 * VAE_TEMPORAL_STRIDE + 1  # that a part's error is measured on: the reference is slow
@@ -99,7 +100,7 @@ def encode_part(
     if found := _found(folder, wanted):
         return found
     quarantined: list[tuple[Clip, ClipError]] = []
-    with records.writing("encode", folder, config, wanted) as output:
+    with writing("encode", folder, config, wanted) as output:
         texts = encoders.text.encode(["", config.negative_prompt])  # before the long work
         for name, text in zip(STORED_TEXTS, texts, strict=True):
             (output.path / name).write_bytes(saved(text))
@@ -122,7 +123,7 @@ def quarantine_part(
     folder = output_dir / "parts" / part.name
     if found := _found(folder, wanted):
         return found
-    with records.writing("encode", folder, config, wanted) as output:
+    with writing("encode", folder, config, wanted) as output:
         tarfile.open(output.path / "part.tar", "w", format=tarfile.USTAR_FORMAT).close()
         return _finish(output, [(clip, ClipError(reason, retry=True)) for clip in part.clips], 0, None)
 
@@ -146,7 +147,7 @@ def quarantine_row(path: str, fault: ClipError) -> dict[str, Any]:
 
 
 def _finish(
-    output: records.StageOutput, quarantined: list[tuple[Clip, ClipError]], num_clips: int, error: float | None
+    output: StageOutput, quarantined: list[tuple[Clip, ClipError]], num_clips: int, error: float | None
 ) -> PartRecord:
     with tarfile.open(output.path / "part.tar") as tar:
         members = {member.name: [member.offset_data, member.size] for member in tar}

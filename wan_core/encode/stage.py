@@ -50,6 +50,7 @@ from wan_core.encode.part import (
     read_quarantine,
 )
 from wan_core.encode.ranges import cut
+from wan_core.output import StageOutput
 from wan_core.records import EncodeRecord, PartRecord
 
 
@@ -140,7 +141,7 @@ def finish(config: EncodeConfig, plan: EncodePlan, output_dir: Path) -> EncodeRe
     for name in STORED_TEXTS:
         shutil.copyfile(output_dir / "parts" / used[0] / name, output_dir / name)
     made = records.digest([dataset.fingerprint, *sorted(again)]) if again else dataset.fingerprint
-    output = records.StageOutput("encode", output_dir, output_dir, config, made)
+    output = StageOutput("encode", output_dir, output_dir, config, made)
     record = output.finish(
         EncodeRecord, parts=tuple(output_dir / "parts" / name for name in used), num_clips=len(kept),
         num_quarantined=len(bad), encoder=dataset.encoder,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wan_core.config import VAE_TEMPORAL_STRIDE
-from wan_core.encode.vae_encoder import MAX_ELEMENTS, PRECISIONS, FastEncoder, allow_tf32, to_float
+from wan_core.encode.vae_encoder import MAX_ELEMENTS, FastEncoder
+from wan_core.encode.vae_precision import PRECISIONS, allow_tf32, to_float
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
     from diffusers import AutoencoderKLWan

@@ -11,43 +11,21 @@ rounding and the rounding of what that left: three products of such halves are n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_core.config import VAE_TEMPORAL_STRIDE
+from wan_core.encode.vae_precision import F32, Precision, allow_tf32, halved, to_float
 
 if TYPE_CHECKING:  # imported where it is used: it takes seconds, and a run whose stages are all cached needs none
     from diffusers import AutoencoderKLWan
 
 MAX_ELEMENTS = 3 << 28  # of the largest activation, where chunks can be so short: 18 frames of 480x832
 MAX_OFFSET = 1 << 31  # kernels count elements in 32 bits
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How the encoder computes. The residual stream is float32 always, and so are sums."""
-
-    product: torch.dtype  # of the operands of 3x3x3 convolutions, which are nine tenths of the work
-    partial: torch.dtype  # what these convolutions' results are stored in until they are added to the stream
-    other: torch.dtype  # of the operands of all else
-    two_terms: Literal["none", "widest", "all"] = "none"  # which 3x3x3 convolutions take halves of float32 values
-    tf32: bool = False  # whether float32 products of all else may be TF32's
-
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# The widest convolutions and the first one are a quarter of the work and make more than half of the error.
-PRECISIONS = {
-    "float32": Precision(F32, F32, F32),
-    "float16x3": Precision(F16, F32, F32, two_terms="all"),
-    "float16": Precision(F16, F32, F32, two_terms="widest", tf32=True),
-    "bfloat16": Precision(BF16, BF16, BF16),
-}
 
 
 @dataclass
@@ -277,32 +255,9 @@ def unsupported(model: AutoencoderKLWan) -> str | None:
     return None
 
 
-def to_float(video: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]; floats are there already."""
-    return video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video.float()
-
-
-def halved(x: Tensor, dtype: torch.dtype, terms: int) -> list[Tensor]:
-    """A float32 tensor's rounding and, as a second term, the rounding of what is left."""
-    high = x.to(dtype)
-    return [high] if terms == 1 else [high, (x - high.float()).to(dtype)]
-
-
 def _sum(stream: Pending) -> Tensor:
     """float32 [B, T, H, W, C]."""
     total = stream.x.float()
     for term in (stream.bias, stream.residual):
         total = total if term is None else total + term
     return total
-
-
-@contextmanager
-def allow_tf32(allowed: bool) -> Iterator[None]:
-    """TF32 in cuDNN and cuBLAS on or off, and back; torch's own default is on for convolutions."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32, matmul.allow_tf32 = allowed, allowed
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
