@@ -74,6 +74,20 @@ def test_on_kubernetes_the_own_models_deployments_fill_the_ray_cluster(parameter
         assert config.train.recipe == "wan_1_3b"  # the rest is prefect.yaml's
 
 
+def test_a_site_has_its_own_schedule_of_the_nightly_run(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text('schedule: {active: true, cron: "30 4 * * *"}')
+    (theirs,) = scheduled(ROOT / "deployments" / "prefect.yaml")
+    overlaid = tmp_path / "prefect.yaml"
+    overlaid.write_text(program(sys.executable, "deployments/overlay.py", str(site)))
+    assert scheduled(overlaid) == [theirs | {"active": True, "cron": "30 4 * * *"}]
+
+
+def scheduled(file: Path) -> list[dict[str, Any]]:
+    """The schedules of all deployments."""
+    return [one for item in yaml.safe_load(file.read_text())["deployments"] for one in item.get("schedules", [])]
+
+
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
     from flows.server import prefect_api

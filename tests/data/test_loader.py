@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -138,6 +139,19 @@ def test_a_dead_worker_is_an_error(dataset: Path) -> None:
             turns(loader, 50)
         finally:
             worker.join()  # torch raises out of a signal handler, which must not happen behind this block
+
+
+def test_a_worker_outlives_the_sigterm_of_others(dataset: Path) -> None:
+    """Torchrun's goes to the whole group of a rank, which has yet to save."""
+    loader, alone = (train_loader(config(dataset, number), 0, 1, Position()) for number in (1, 0))
+    turns(loader, 1)
+    worker = loader._packs._workers[0]  # type: ignore[union-attr]
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert turns(loader, 50) == turns(alone, 51)[1:]
+    with pytest.raises(RuntimeError, match=r"DataLoader worker.*(killed|exited)"):
+        worker.terminate()
+        worker.join()
+        turns(loader, 50)
 
 
 def test_a_damaged_sample_is_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,7 +135,7 @@ class PackLoader:
         self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
             dataset, batch_size=None, sampler=_noted(turns, self._issued), num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged, worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
@@ -169,6 +172,20 @@ def _noted(turns: Iterator[Turn], issued: deque[Turn]) -> Iterator[list[Draw]]:
     for turn in turns:
         issued.append(turn)
         yield turn.draws
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Torchrun sends SIGTERM to a rank's whole process group. But the rank has yet to save, and to it the death of a
+    worker is an error. So a worker ends only by the SIGTERM that the rank itself sends.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
