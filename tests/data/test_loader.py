@@ -140,6 +140,22 @@ def test_a_dead_worker_is_an_error(dataset: Path) -> None:
             worker.join()  # torch raises out of a signal handler, which must not happen behind this block
 
 
+def test_a_signal_to_a_ranks_process_group_spares_its_readers(dataset: Path) -> None:
+    """As torchrun sends it: the rank saves, and takes packs until then."""
+    if (rank := os.fork()) == 0:
+        try:
+            os.setpgid(0, 0)
+            loader = train_loader(config(dataset, num_workers=1), 0, 1, Position())
+            turns(loader, 1)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(0, signal.SIGTERM)
+            turns(loader, 50)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(rank, 0)[1] == 0
+
+
 def test_a_damaged_sample_is_a_sentence(tmp_path: Path) -> None:
     path = make_dataset(tmp_path, 12)
     table = SampleTable.read(path, "train")

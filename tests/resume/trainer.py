@@ -140,7 +140,7 @@ def attempt(name: str, number: int, out: Path) -> list[int]:
                 if plan.full_disk:
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
                 else:
-                    for target in children(pid) if plan.at_readers else [pid]:
+                    for target in children(pid) if plan.at_readers else [-pid]:  # as torchrun does, to the group
                         os.kill(target, plan.signal)
         if any(codes.values()) and left and not sent:  # as torchrun does
             time.sleep(1)
@@ -163,8 +163,9 @@ def start_rank(name: str, number: int, rank: int, out: Path) -> int:
 
     if torch.cuda.is_available():
         command = [sys.executable, "-m", "tests.resume.trainer", str(out), "--rank", name, str(number), str(rank)]
-        return subprocess.Popen(command).pid
+        return subprocess.Popen(command, process_group=0).pid
     if (pid := os.fork()) == 0:
+        os.setpgid(0, 0)
         work(name, number, rank, out)
     return pid
 

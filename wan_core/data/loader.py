@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class PackLoader:
         self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
             dataset, batch_size=None, sampler=_noted(turns, self._issued), num_workers=num_workers,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged, worker_init_fn=_apart,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
@@ -173,6 +174,12 @@ def _noted(turns: Iterator[Turn], issued: deque[Turn]) -> Iterator[list[Draw]]:
 
 def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
     return pack
+
+
+def _apart(worker: int) -> None:
+    """torchrun sends SIGTERM to a rank's whole process group, and without its readers a rank cannot save. They do not
+    ignore it, because multiprocessing ends them by it."""
+    os.setpgid(0, 0)
 
 
 def train_loader(config: LoaderConfig, rank: int, world_size: int, start: Position) -> PackLoader:
