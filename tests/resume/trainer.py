@@ -140,7 +140,8 @@ def attempt(name: str, number: int, out: Path) -> list[int]:
                 if plan.full_disk:
                     resource.prlimit(pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
                 else:
-                    for target in children(pid) if plan.at_readers else [-pid]:  # as torchrun does, to the group
+                    rank = -pid if plan.signal == signal.SIGTERM else pid  # as torchrun does, to the process group
+                    for target in children(pid) if plan.at_readers else [rank]:
                         os.kill(target, plan.signal)
         if any(codes.values()) and left and not sent:  # as torchrun does
             time.sleep(1)
