@@ -1,4 +1,4 @@
-"""Validate what no ready-made validator knows: KubeRay's RayCluster, and the jobs of the work pools.
+"""Validate what no ready-made validator knows: KubeRay's RayCluster, the jobs of the work pools, compose's references.
 
     uv run --group infra python infra/validate.py
 
@@ -102,6 +102,29 @@ def check_pool(path: Path) -> None:
         kubernetes_validate.validate(manifest, "1.31", strict=True)
 
 
+def check_compose(compose: dict[str, Any], pool: dict[str, Any]) -> None:
+    """Services wait for what can happen, and what Docker's work pool names is there."""
+    services = compose["services"]
+    for name, service in services.items():
+        for other, condition in service.get("depends_on", {}).items():
+            match condition["condition"]:
+                case "service_healthy":
+                    assert "healthcheck" in services[other], f"{name} waits for ever for {other}"
+                case "service_completed_successfully":
+                    assert "restart" not in services[other], f"{name} waits for {other}, which is started again"
+        for volume in service.get("volumes", []):
+            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+            assert source.startswith((".", "/")) or source in compose["volumes"], f"{name}: no volume {source}"
+    defaults = {name: variable.get("default") for name, variable in pool["variables"]["properties"].items()}
+    volumes = {f"{compose['name']}_{volume}" for volume in compose["volumes"]}
+    assert {volume.split(":")[0] for volume in defaults["volumes"]} <= volumes, defaults["volumes"]
+    for key, value in defaults["env"].items():
+        if key.startswith("WAN_"):
+            assert services["worker"]["environment"][key] in (value, f"${{{key}:-{value}}}"), f"{key} is not compose's"
+    # compose publishes the server on the loopback interface, where a container of its own network does not reach it.
+    assert defaults["networks"] == []
+
+
 def main() -> None:
     clusters = 0
     for path in sorted((HERE / "kubernetes").glob("*.yaml")):
@@ -114,7 +137,9 @@ def main() -> None:
     assert pools, "no work pools found"
     for path in pools:
         check_pool(path)
-    print(f"{clusters} RayCluster and {len(pools)} work pools are valid")
+    compose = yaml.safe_load((HERE / "compose.yaml").read_text(encoding="utf-8"))
+    check_compose(compose, json.loads((HERE.parent / "deployments/pools/docker.json").read_text(encoding="utf-8")))
+    print(f"{clusters} RayCluster, {len(pools)} work pools and compose.yaml are valid")
 
 
 if __name__ == "__main__":
