@@ -203,7 +203,11 @@ class EncodePool:
 
 
 def start_local(num_cpus: int, options: dict[str, Any]) -> None:
-    """Start a Ray on this machine, whatever other Ray runs on it."""
+    """Start a Ray on this machine, whatever other Ray runs on it.
+
+    Raises:
+        TimeoutError: it did not start in time, again and again; later it may.
+    """
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
@@ -215,12 +219,17 @@ def start_local(num_cpus: int, options: dict[str, Any]) -> None:
             )  # fmt: skip
             return
         except Exception as error:  # Ray gives its node 30 s, not to be changed, which a loaded machine exceeds
-            if not any(text in str(error) for text in START_ERRORS) or attempt == START_ATTEMPTS:
+            if not any(text in str(error) for text in START_ERRORS):
                 raise
             ray.shutdown()  # what it takes for connected
             for pid in children() - before:  # and it forgets what it has started by then
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if attempt == START_ATTEMPTS:
+                raise TimeoutError(
+                    f"Ray did not start on this machine in {attempt} attempts of 30 s: it is too busy; run less beside "
+                    "it, or give the ray.address of a cluster"
+                ) from error
 
 
 def children() -> set[int]:

@@ -43,6 +43,7 @@ ALLOWED = {
     "megatron.core.mpu": ("wan_core.parallel",),  # the same module by another name
     "megatron.energon": ("wan_core.data",),
     "megatron": (
+        "wan_core.async_writer",
         "wan_core.checkpointing",
         "wan_core.convert",
         "wan_core.ema",

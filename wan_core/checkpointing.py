@@ -23,14 +23,16 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
-from wan_core import checkpoints
+from wan_core import async_writer, checkpoints
 from wan_core.architecture import Architecture
 from wan_core.config import check
 from wan_core.convert.checkpoint import has_checkpoint, iteration_dir
 from wan_core.data.stream import Position
 from wan_core.model.config import architecture_fields
+from wan_core.signals import sigterm_blocked
 
 register_allowed_target_prefix("wan_core.")  # Bridge builds no other classes by name
+async_writer.install()
 # Bridge writes run_config.yaml with every checkpoint: 0.5 s by PyYAML's own writer, while all ranks wait.
 yaml.SafeDumper = yaml.CSafeDumper  # type: ignore[misc, assignment]
 
@@ -88,7 +90,7 @@ class CheckpointManager(DefaultCheckpointManager):
             if dist.get_rank() == 0:
                 checkpoints.begin(folder)
             dist.barrier()
-            with contextlib.nullcontext() if self.config.async_save else _queue_of_this_process():
+            with sigterm_blocked() if self.config.async_save else _queue_of_this_process():
                 super().save(ctx, callback_manager)
             self.last = iteration
             self._written.append((iteration, state))

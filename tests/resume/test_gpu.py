@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     """Within the noise of bf16: kernels that add in any order are used."""
-    run(tmp_path, "whole", "killed", "async", "poisoned")
+    run(tmp_path, "whole", "killed", "async", "async-stopped", "poisoned")
     whole = tmp_path / "whole"
     assert codes(whole) == [[0]], log(whole, 0)[-3000:]
     expected = {name: tensor for name, tensor in saved(whole, 9).items() if tensor.is_floating_point()}
@@ -32,6 +33,12 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
             error = (found[key].float() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-8)
             assert error < 0.02, key
         assert checkpoints.whole_iterations(folder / "run" / "checkpoints") == [3, 6, 9]
+    stopped = tmp_path / "async-stopped"  # in its first save, for which a process is just being started
+    assert codes(stopped) == [[75], [0]], log(stopped, 0)[-3000:]
+    assert re.search(r"interrupted, saved at iteration [3-8]; the same command", log(stopped, 0))
+    assert taken(stopped) == taken(whole) and {3, 6, 9} <= set(
+        checkpoints.whole_iterations(stopped / "run/checkpoints")
+    )
     poisoned = tmp_path / "poisoned"
     assert codes(poisoned) == [[0]], log(poisoned, 0)[-3000:]
     assert [line["action"] for line in read_lines(poisoned / "run" / "bad_steps.jsonl")] == ["skip", "skip", "rollback"]

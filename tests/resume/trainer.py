@@ -110,6 +110,10 @@ SCENARIOS: dict[str, tuple[Attempt, ...]] = {
         Attempt(overrides=ASYNC, until=logged(8)),
         Attempt(overrides=(*ASYNC, *VALIDATED)),
     ),
+    "async-stopped": (
+        Attempt(overrides=ASYNC, signal=signal.SIGTERM, until=saving(3)),
+        Attempt(overrides=(*ASYNC, *VALIDATED)),
+    ),
     "worker": (Attempt(until=logged(4), at_readers=True), Attempt()),
 }
 

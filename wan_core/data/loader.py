@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from wan_core.data.steps import BatchUnit, StepStream, Turn, pack_turns
 from wan_core.data.stream import Draw, PackStream, Position
 from wan_core.data.table import SampleTable
 from wan_core.packing import first_fit_decreasing
+from wan_core.signals import outlive_sigterm, sigterm_blocked
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class PackLoader:
         self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
             dataset, batch_size=None, sampler=_noted(turns, self._issued), num_workers=num_workers,
-            collate_fn=_unchanged, worker_init_fn=_outlive_sigterm,
+            collate_fn=_unchanged, worker_init_fn=_begin,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
@@ -157,7 +155,8 @@ class PackLoader:
 
     def _read(self) -> tuple[Pack, Turn]:
         if self._packs is None:
-            self._packs = iter(self._loader)
+            with sigterm_blocked():
+                self._packs = iter(self._loader)
         try:
             pack = next(self._packs)
         except (ConnectionError, EOFError) as error:  # torch notices most deaths itself, but not during the handover
@@ -174,18 +173,8 @@ def _noted(turns: Iterator[Turn], issued: deque[Turn]) -> Iterator[list[Draw]]:
         yield turn.draws
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Torchrun sends SIGTERM to a rank's whole process group. But the rank has yet to save, and to it the death of a
-    worker is an error. So a worker ends only by the SIGTERM that the rank itself sends.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(rank: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
+def _begin(worker: int) -> None:
+    outlive_sigterm()
 
 
 def _unchanged(pack: Any) -> Any:  # either a pack or a ValueError
