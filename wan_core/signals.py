@@ -11,11 +11,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 
 @contextlib.contextmanager
 def sigterm_blocked() -> Iterator[None]:
     """Processes that are started meanwhile do not end by SIGTERM, until they do as `outlive_sigterm` says."""
+    resource_tracker.ensure_running()  # multiprocessing unblocks SIGTERM when it starts this one
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
