@@ -19,6 +19,7 @@ import yaml
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.checkpointing import CheckpointSaveContext, DefaultCheckpointManager
 from megatron.bridge.training.config import CheckpointConfig
+from megatron.bridge.training.state import GlobalState
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
@@ -29,10 +30,9 @@ from wan_core.config import check
 from wan_core.convert.checkpoint import has_checkpoint, iteration_dir
 from wan_core.data.stream import Position
 from wan_core.model.config import architecture_fields
-from wan_core.signals import sigterm_blocked
 
 register_allowed_target_prefix("wan_core.")  # Bridge builds no other classes by name
-async_writer.install()
+async_writer.install(GlobalState)
 # Bridge writes run_config.yaml with every checkpoint: 0.5 s by PyYAML's own writer, while all ranks wait.
 yaml.SafeDumper = yaml.CSafeDumper  # type: ignore[misc, assignment]
 
@@ -90,7 +90,7 @@ class CheckpointManager(DefaultCheckpointManager):
             if dist.get_rank() == 0:
                 checkpoints.begin(folder)
             dist.barrier()
-            with sigterm_blocked() if self.config.async_save else _queue_of_this_process():
+            with contextlib.nullcontext() if self.config.async_save else _queue_of_this_process():
                 super().save(ctx, callback_manager)
             self.last = iteration
             self._written.append((iteration, state))
