@@ -28,18 +28,14 @@ PARTS = r"one|save|sp|ring|fsdp|i2v|full|selective|single|long|(tp|cp|pp|dp|pack
 # What tests compare, on one host without a GPU.
 LAYOUTS = (
     "tp2", "tp2-sp", "tp2-sp-single", "cp2", "cp2-single", "pp2", "packs2", "dp2", "tp2-cp2",
-    "tp2-pp2-long", "tp2-sp-cp2-long", "pp2-packs2", "pp2-dp2", "pp2-cp2",
-    "cp2-ring", "cp3-ring", "tp2-sp-cp2-ring",
+    "tp2-pp2-long", "tp2-sp-cp2-long", "pp2-packs2", "pp2-dp2", "pp2-cp2", "cp2-ring", "cp3-ring",
 )  # fmt: skip
 SELECTIVE = (
-    "selective", "tp2-sp-selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective",
-    "tp2-sp-cp2-selective", "pp2-packs2-selective",
+    "selective", "cp2-selective", "pp2-selective", "dp2-selective", "cp2-ring-selective", "tp2-sp-cp2-selective",
+    "pp2-packs2-selective",
 )  # fmt: skip
-RECOMPUTED = (
-    "full", "tp2-full", "tp2-sp-full", "cp2-full", "pp2-full", "dp2-full", "cp2-ring-full", "tp2-pp2-full",
-    "tp2-sp-cp2-full",
-)  # fmt: skip
-FSDP = ("dp2-fsdp", "dp2-fsdp-selective", "dp2-fsdp-full", "cp2-fsdp-selective", "tp2-sp-dp2-fsdp-full")
+RECOMPUTED = ("full", "cp2-full", "pp2-full", "dp2-full", "tp2-sp-cp2-full")
+FSDP = ("dp2-fsdp", "dp2-fsdp-selective", "dp2-fsdp-full", "tp2-sp-dp2-fsdp-full")
 SAVED = (
     "tp2-save", "tp2-sp-cp2-save", "pp2-dp2-save", "dp2-save", "dp2-fsdp-save", "cp2-fsdp-save",
     "cp2-ring-full-packs2-save", "dp2-i2v-selective-save",
