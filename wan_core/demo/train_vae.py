@@ -89,8 +89,9 @@ class Batches(IterableDataset[np.ndarray]):
                 scenes = (random_scene(rng, size=size, num_frames=frames) for _ in range(max(1, self.batch // 4)))
                 yield np.stack([render(scene) for scene in scenes])
             else:
-                frames = int(rng.choice((5, 9), p=(0.7, 0.3)))
-                yield np.stack([random_window(rng, random_scene(rng), frames) for _ in range(self.batch)])
+                frames = int(rng.choice(NUM_FRAMES, p=(0.7, 0.3)))
+                scenes = (random_scene(rng, num_frames=max(NUM_FRAMES)) for _ in range(self.batch))
+                yield np.stack([random_window(rng, scene, frames) for scene in scenes])
 
 
 def vae_loss(
