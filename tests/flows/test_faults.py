@@ -279,7 +279,7 @@ def test_two_processes_on_one_stage_work_once(server: Server, tmp_path: Path) ->
     flows = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        flows.append(start_flow(server.url, tmp_path / name, tmp_path / "work", seconds=9))
+        flows.append(start_flow(server.url, tmp_path / name, tmp_path / "work", seconds=20))
     assert [flow.wait(300) for flow in flows] == [0, 0]
     assert any("Waits for another run that works on" in line for flow in flows for line in flow.tail)
     for stage in ("shard", "index"):

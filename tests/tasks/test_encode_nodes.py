@@ -62,8 +62,11 @@ def test_a_lost_machine_costs_its_part_another_try_and_no_clip(tmp_path: Path, t
     (tmp_path / "slow_worker.py").write_text(WORKER)
     with machines(2, tmp_path, subnet="10.213.8") as made:
         head, other = made
+        outer = {
+            name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
+        }  # no server there
         environment = {
-            **os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "RAY_AUTH_MODE": "disabled",
+            **outer, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, "-c", DRIVER, *map(str, (tmp_path, videos, tiny_model, f"{head.address}:{PORT}"))]
