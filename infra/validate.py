@@ -112,9 +112,6 @@ def check_compose(compose: dict[str, Any], pool: dict[str, Any]) -> None:
                     assert "healthcheck" in services[other], f"{name} waits for ever for {other}"
                 case "service_completed_successfully":
                     assert "restart" not in services[other], f"{name} waits for {other}, which is started again"
-        for volume in service.get("volumes", []):
-            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
-            assert source.startswith((".", "/")) or source in compose["volumes"], f"{name}: no volume {source}"
     defaults = {name: variable.get("default") for name, variable in pool["variables"]["properties"].items()}
     volumes = {f"{compose['name']}_{volume}" for volume in compose["volumes"]}
     assert {volume.split(":")[0] for volume in defaults["volumes"]} <= volumes, defaults["volumes"]

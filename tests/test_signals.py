@@ -35,8 +35,7 @@ if __name__ == "__main__":
 
 def test_a_process_of_a_rank_ends_by_its_sigterm_alone(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "rank.py"], env={"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, tmp_path / "rank.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "right\n", done.stderr

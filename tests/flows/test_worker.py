@@ -83,6 +83,7 @@ class Worker:
             MARK: self.folder.name,
             "PYTHONPATH": f"{self.folder}:{ROOT}",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "RAY_AUTH_MODE": "disabled",  # as at `ray_nodes`; a local Ray of an earlier test leaves "token"
         }
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", self.pool]
         self.process = Process(command, environment, self.folder / "worker.log")

@@ -36,9 +36,8 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     stopped = tmp_path / "async-stopped"  # in its first save, for which a process is just being started
     assert codes(stopped) == [[75], [0]], log(stopped, 0)[-3000:]
     assert re.search(r"interrupted, saved at iteration [3-8]; the same command", log(stopped, 0))
-    assert taken(stopped) == taken(whole) and {3, 6, 9} <= set(
-        checkpoints.whole_iterations(stopped / "run/checkpoints")
-    )
+    assert taken(stopped) == taken(whole)
+    assert {3, 6, 9} <= set(checkpoints.whole_iterations(stopped / "run" / "checkpoints"))
     poisoned = tmp_path / "poisoned"
     assert codes(poisoned) == [[0]], log(poisoned, 0)[-3000:]
     assert [line["action"] for line in read_lines(poisoned / "run" / "bad_steps.jsonl")] == ["skip", "skip", "rollback"]

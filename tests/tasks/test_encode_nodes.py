@@ -62,9 +62,8 @@ def test_a_lost_machine_costs_its_part_another_try_and_no_clip(tmp_path: Path, t
     (tmp_path / "slow_worker.py").write_text(WORKER)
     with machines(2, tmp_path, subnet="10.213.8") as made:
         head, other = made
-        outer = {
-            name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")
-        }  # no server there
+        # The server that an earlier test of this process had is not there.
+        outer = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         environment = {
             **outer, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "RAY_AUTH_MODE": "disabled",
             "OMP_NUM_THREADS": "1",

@@ -133,7 +133,7 @@ class PackLoader:
         self._issued: deque[Turn] = deque()  # packs on their way
         self._loader = DataLoader(
             dataset, batch_size=None, sampler=_noted(turns, self._issued), num_workers=num_workers,
-            collate_fn=_unchanged, worker_init_fn=_begin,
+            collate_fn=_unchanged, worker_init_fn=_outlive_sigterm,
             generator=torch.Generator(),  # its own: a draw from torch's would part a resumed run from a whole one
         )  # fmt: skip
         self._packs: Iterator[Pack | ValueError] | None = None
@@ -173,7 +173,7 @@ def _noted(turns: Iterator[Turn], issued: deque[Turn]) -> Iterator[list[Draw]]:
         yield turn.draws
 
 
-def _begin(worker: int) -> None:
+def _outlive_sigterm(worker: int) -> None:
     outlive_sigterm()
 
 
